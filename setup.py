@@ -1,0 +1,23 @@
+"""Packaging: everything is read from settings.ini, the one place for version and requirements."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import setup
+
+config = ConfigParser(delimiters=['='])
+config.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+lib = cfg['lib_name']
+
+setup(
+    name=lib, version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
+    license='Apache-2.0', license_files=['LICENSE'],
+    long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    python_requires=f">={cfg['min_python']}",
+    # the data cards live at the top level and travel inside the package as ipo_nb/data_cards
+    packages=[lib, f'{lib}.data_cards'], package_dir={lib: lib, f'{lib}.data_cards': 'data_cards'},
+    package_data={lib: ['models/*/*'], f'{lib}.data_cards': ['*.md']},
+    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    entry_points={'console_scripts': cfg.get('console_scripts', '').split(),
+                  'nbdev': [f'{lib}={lib}._modidx:d']},
+    zip_safe=False)
