@@ -156,6 +156,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
     dataset:str                               # a data card's name
     data_root:str|None = None                 # folder that holds the datasets
+    split:str = 'auto'                        # auto, published, subset, own, or a JSON file in CoOp's form
+    few_shot_index:str|None = None            # a published few-shot list, instead of the seed's own sample
     clip:str = 'ViT-B-16/openai'              # CLIP specification
     shots:Positive = 1                        # few-shot images a class
     seed:Count = 1                            # few-shot sample and sampling of the optimizer
@@ -188,10 +190,10 @@ def make_config(**params # fields of `RunConfig`
 
 # %% ../nbs/00_core.ipynb #9c3abc7b
 def run_id(config:RunConfig, # validated and with nothing left open
-           split_sha:str     # hash of the split that is used
+           data_sha:str      # hash of the split and the few-shot sample that are used
           ) -> str: # 12 hexadecimal digits
     "The name of a run: a hash of what defines its result."
-    return sha(config.model_dump(exclude={'data_root', 'out_dir', 'device'}), split_sha)[:12]
+    return sha(config.model_dump(exclude={'data_root', 'few_shot_index', 'out_dir', 'device'}), data_sha)[:12]
 
 # %% ../nbs/00_core.ipynb #d031b30f
 def _disk_error(e, path):

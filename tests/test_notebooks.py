@@ -1,0 +1,31 @@
+"""Each notebook runs from top to bottom, and the notebooks keep what papermill and nbdev need."""
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest
+import readme
+
+nbs = Path(__file__).resolve().parent.parent/'nbs'
+notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+parameterised = ['run_dataset.ipynb']
+
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+@pytest.mark.parametrize('path', [p for p in notebooks if p.name not in parameterised], ids=lambda p: p.stem)
+def test_runs(path):
+    nbdev_test = Path(sys.executable).parent/'nbdev_test'
+    done = subprocess.run([nbdev_test, '--path', path, '--n_workers', '0'], capture_output=True, text=True, cwd=nbs,
+                          env=os.environ | dict(MPLBACKEND='agg'))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+@pytest.mark.parametrize('name', parameterised)
+def test_keeps_its_parameters_tag(name):
+    tagged = [c for c in cells(nbs/name) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1 and 'dataset' in ''.join(tagged[0]['source'])
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_cell_ids_are_unique(path):
+    ids = [c['id'] for c in cells(path)]
+    assert len(set(ids)) == len(ids)
+
+def test_readme_is_the_index_notebook():
+    assert (nbs.parent/'README.md').read_text(encoding='utf-8') == readme.render(), 'run: python tests/readme.py'
