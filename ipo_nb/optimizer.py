@@ -159,8 +159,9 @@ def run(self:Search, desc='search', # in front of the bar
     if not self.lines: self.take_step()
     with progress(total=total, desc=desc, initial=self.spent.steps, unit='step') as bar:
         while not (why := stop_reason(self.rules, self.spent)):
-            self.take_step(); bar.update()
-            bar.set_postfix_str(f'best {self.best.accuracy:.1f} %, loss {self.best.loss:.3f}, {self.spent.tokens} tokens')
+            self.take_step()
+            bar.set_postfix_str(f'best {self.best.accuracy:.1f} %, loss {self.best.loss:.3f}, {self.spent.tokens} tokens', refresh=False)
+            bar.update()
     return why
 
 # %% ../nbs/09_optimizer.ipynb #521a3341
@@ -184,7 +185,7 @@ def shown(self:Search) -> list: # dicts: step, message, listing, memory
     for line in self.lines:
         if line['step'] in {1, (last+1)//2, last} - {0}:
             meta = build_meta_prompt(memory, self.descriptions, self.candidates)
-            out.append(dict(step=line['step'], sent=getattr(self.llm, 'reads', 'message'), message=meta.message, listing=meta.listing,
+            out.append(dict(step=line['step'], sent={'scored': 'memory'}.get(reads := getattr(self.llm, 'reads', 'message'), reads), message=meta.message, listing=meta.listing,
                             memory=[asdict(s) for s in meta.scored]))
         for c in line['candidates']:
             if c['loss'] is not None: memory.add(Scored(c['prompt'], c['loss'], c['accuracy'], line['step']))

@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'COLOURS', 'STYLE', 'Record', 'load_record', 'scored', 'best_so_far', 'made_up_record', 'safe', 'Table',
            'summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'memory_tables',
            'descriptions_table', 'candidates_table', 'signatures_table', 'colour', 'Picture', 'picture', 'gallery',
-           'trajectory', 'comparison', 'words_figure', 'headline', 'parts', 'report_markdown', 'report_html', 'figures',
-           'tables', 'write_report']
+           'trajectory', 'comparison', 'words_figure', 'headline', 'parts', 'meta_prompt_html', 'report_markdown',
+           'report_html', 'figures', 'tables', 'write_report']
 
 # %% ../nbs/10_report.ipynb #dd29d14e
 import base64, csv, io, json
@@ -497,6 +497,11 @@ def _html(kind, c, record): # one part as HTML, figures inside
     if kind != 'figure': return f'<{kind}>{safe(c)}</{kind}>'
     path = record.path/'figures'/f'{c[0]}.png'
     return f'<img alt="{safe(c[1])}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">' if path.exists() else ''
+
+def meta_prompt_html(record:Record # a run
+                    ) -> str: # escaped HTML
+    "The meta-prompt of the first and the last step, as it was sent."
+    return '\n'.join(_html(kind, text, record) for kind, text in _meta_parts(record))
 
 # %% ../nbs/10_report.ipynb #b94d4014
 _css = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%;margin:1rem 0}

@@ -1,14 +1,18 @@
-"""README.md is nbs/index.ipynb in Markdown. `python tests/readme.py` writes it; a test compares the two."""
+"""README.md is nbs/index.ipynb in Markdown, with the outputs of its cells. `python tests/readme.py` runs the one and writes the other."""
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExecutePreprocessor
 
 root = Path(__file__).resolve().parent.parent
+index = root/'nbs'/'index.ipynb'
 
 def render() -> str:
-    nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
-    nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
-    text, _ = MarkdownExporter().from_notebook_node(nb)
-    return text.strip().replace('](../', '](').replace('src="../', 'src="') + '\n'
+    text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nbformat.read(index, as_version=4))
+    return text.strip().replace('](../', '](') + '\n'
 
-if __name__ == '__main__': (root/'README.md').write_text(render(), encoding='utf-8')
+if __name__ == '__main__':
+    nb = nbformat.read(index, as_version=4)
+    ExecutePreprocessor().preprocess(nb, {'metadata': {'path': index.parent}})
+    nbformat.write(nb, index)
+    (root/'README.md').write_text(render(), encoding='utf-8')

@@ -1,0 +1,145 @@
+"""Whole runs: the master notebook, kills and resumes, and what a user can get wrong."""
+import errno, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, pytest
+from ipo_nb import core, report, study
+from ipo_nb.core import IpoError
+
+root = Path(__file__).resolve().parent.parent
+nbs, bin_ = root/'nbs', Path(sys.executable).parent
+quick = dict(dataset='mini_aerial', llm='random', steps=3, candidates=3)
+
+def pairs(params): return [x for k, v in params.items() for x in ('-p', k, str(v))]
+
+def papermill(*args, cwd=nbs):
+    return subprocess.run([bin_/'papermill', *map(str, args), '--no-progress-bar'], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+def complete(**params):
+    "All stages in this process."
+    s = study.open_study(quick | params)
+    s.describe(); s.search(); s.run_control()
+    return s, s.finish()
+
+# --- the notebook ---
+
+def test_papermill_from_nbs_and_again_from_the_root(tmp_path):
+    done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(quick | dict(out_dir=tmp_path/'runs')))
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder, = (tmp_path/'runs'/'mini_aerial').iterdir()
+    for name in ('config.json', 'history.jsonl', 'control.jsonl', 'result.json', 'manifest.json', 'report.html', 'figures/trajectory.png',
+                 'figures/gallery.pdf', 'tables/summary.md'): assert (folder/name).stat().st_size, name
+    before = (folder/'result.json').read_bytes()
+    again = papermill('nbs/run_dataset.ipynb', tmp_path/'again.ipynb', *pairs(quick | dict(out_dir=tmp_path/'runs')), cwd=root)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert 'finished earlier' in (tmp_path/'again.ipynb').read_text() and (folder/'result.json').read_bytes() == before
+
+def test_without_an_output_the_notebook_goes_to_standard_output(tmp_path):
+    complete(out_dir=str(tmp_path))
+    done = papermill('run_dataset.ipynb', *pairs(quick | dict(out_dir=tmp_path)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert nbformat.reads(done.stdout, as_version=4).cells
+
+def test_help_explains_every_parameter():
+    text = papermill('--help-notebook', 'run_dataset.ipynb').stdout
+    for name in core.RunConfig.model_fields: assert f'{name}:' in text, name
+
+def test_the_notebook_has_every_parameter_of_the_configuration():
+    cell, = [c for c in nbformat.read(nbs/'run_dataset.ipynb', as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]
+    names = {line.split(':')[0] for line in cell.source.splitlines()}
+    assert names == set(core.RunConfig.model_fields)
+
+@pytest.mark.parametrize('params, said', [(dict(dataset='mini_texture'), "did you mean 'mini_textures'"), (dict(shot=1), "did you mean 'shots'")])
+def test_papermill_ends_a_mistake_with_a_sentence(tmp_path, params, said):
+    done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(params | dict(out_dir=tmp_path)))
+    assert done.returncode != 0 and said in done.stderr
+    assert 'IpoError: ' in done.stderr and not list(tmp_path.glob('*/*/result.json'))
+
+def test_ipo_run_shows_progress_and_ends_with_the_places(tmp_path):
+    run = lambda: subprocess.run([bin_/'ipo_run', *pairs(quick | dict(out_dir=tmp_path))], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    first, second = run(), run()
+    assert first.returncode == second.returncode == 0, first.stderr[-2000:]
+    assert 'search with random' in first.stderr and 'random control' in first.stderr
+    for said in ('H is', 'figures', 'tables', 'result.json'): assert said in first.stdout and said in second.stdout
+    assert 'finished earlier' in second.stdout
+
+def test_ipo_run_answers_a_mistake_with_one_sentence(tmp_path):
+    done = subprocess.run([bin_/'ipo_run', '-p', 'dataset', 'eurosat', '-p', 'data_root', tmp_path/'nowhere'], capture_output=True, text=True)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr + done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith('ipo_run: ') and 'nowhere' in done.stderr
+
+# --- mistakes, in this process ---
+
+@pytest.mark.parametrize('params, said', [
+    (dict(dataset='../../etc'), 'etc'), (dict(dataset='eurosat'), 'data_root'), (dict(clip='ViT-B-61/openai'), 'ViT-B-16'),
+    (dict(clip='local-dir:/nowhere'), 'nowhere'), (dict(llm='smolm2'), 'smollm2'), (dict(captioner='clap'), 'clip'), (dict(shots=0), 'shots'),
+    (dict(shots=-1), 'shots'), (dict(shots=1000), 'choose another number of shots'), (dict(steps='many'), 'steps'), (dict(temperature=9), 'temperature'),
+    (dict(device='tpu'), 'device'), (dict(captioner='file:/nowhere.json'), 'nowhere')])
+def test_one_sentence(tmp_path, params, said):
+    with pytest.raises(IpoError, match=said) as e: complete(out_dir=str(tmp_path), **params)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+    assert not list(tmp_path.glob('*/*/result.json'))
+
+def test_two_runs_at_once(tmp_path):
+    first = study.open_study(quick | dict(out_dir=str(tmp_path)))
+    with pytest.raises(IpoError, match='another process'): study.open_study(quick | dict(out_dir=str(tmp_path)))
+    first.lock.release()
+
+def test_a_result_of_an_older_version(tmp_path):
+    s, _ = complete(out_dir=str(tmp_path))
+    path = s.folder/'result.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(format=0)))
+    with pytest.raises(IpoError, match='format 0'): study.open_study(quick | dict(out_dir=str(tmp_path)))
+
+def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
+    s = study.open_study(quick | dict(out_dir=str(tmp_path)))
+    s.describe()
+    fsync, left = os.fsync, [2]
+    def full(fd):
+        left[0] -= 1
+        if left[0] < 0: raise OSError(errno.ENOSPC, 'No space left on device')
+        return fsync(fd)
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(IpoError, match='disk is full'): s.search()
+    assert len(core.read_jsonl(s.folder/'history.jsonl')) == 2
+    monkeypatch.undo(); s.lock.release()
+    assert complete(out_dir=str(tmp_path))[1].result['search']['steps'] == 3
+
+# --- interruption ---
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path):
+    whole = complete(out_dir=str(tmp_path/'whole'))[0].folder/'result.json'
+    s = study.open_study(quick | dict(out_dir=str(tmp_path/'cut')))
+    s.describe(); s.search(); s.lock.release()
+    journal = s.folder/'history.jsonl'
+    data = journal.read_bytes()
+    for cut in (len(data) - 1, len(data)//2, 10, 0): # inside the last line, inside an earlier one, inside the first, before it
+        journal.write_bytes(data[:cut])
+        for f in ('result.json', 'control.jsonl'): (s.folder/f).unlink(missing_ok=True)
+        complete(out_dir=str(tmp_path/'cut'))
+        assert (s.folder/'result.json').read_bytes() == whole.read_bytes(), cut
+
+script = "import sys; sys.path.insert(0, 'tests'); import test_study as t; t.complete(out_dir=sys.argv[1], steps=12)"
+
+def test_killed_in_mid_search(tmp_path):
+    whole, _ = complete(out_dir=str(tmp_path/'whole'), steps=12)
+    worker = subprocess.Popen([sys.executable, '-c', script, str(tmp_path/'cut')], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and worker.poll() is None:
+        lines = [p.read_bytes().count(b'\n') for p in tmp_path.glob('cut/*/*/history.jsonl')]
+        if lines and lines[0] >= 4: worker.send_signal(signal.SIGKILL); break
+        time.sleep(.005)
+    worker.wait()
+    again, _ = complete(out_dir=str(tmp_path/'cut'), steps=12)
+    assert (again.folder/'result.json').read_bytes() == (whole.folder/'result.json').read_bytes()
+
+# --- real photographs ---
+
+def test_real_photographs(tmp_path, real):
+    done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(dict(
+        dataset='eurosat', data_root=real/'data', clip=f"local-dir:{real/'clip_small'}", steps=5, llm='random', out_dir=tmp_path/'runs')))
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder, = (tmp_path/'runs'/'eurosat').iterdir()
+    result = report.load_record(folder).result
+    assert result['data']['counts'] == dict(train=400, val=200, test=1200, few_shot=5, base_test=600, novel_test=600)
+    assert result['data']['split_source'] == 'subset'
+    assert result['methods'][0]['h'] > 40 # five classes a half: chance is 20
