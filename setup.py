@@ -11,7 +11,8 @@ lib = cfg['lib_name']
 setup(
     name=lib, version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
-    license='Apache-2.0', license_files=['LICENSE'],
+    license='Apache-2.0', license_files=['LICENSE'], project_urls={'Source': cfg['git_url']},
+    classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Framework :: Jupyter'],
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}",
     # cards and the master notebook live at the top level and travel inside the package as ipo_nb/data_cards and ipo_nb/nbs
