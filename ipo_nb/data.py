@@ -374,8 +374,9 @@ def _check_names(ds):
 
 # %% ../nbs/04_data.ipynb #496ab747
 def _dataset(card, parts, folder, source, note, file=''):
-    names = {l: clean_name(n, card.corrections) for es in parts.values() for _, l, n in es}
-    lists = [[Item(FileImage(str(folder/p), p), l, names[l]) for p, l, _ in parts[part]] for part in PARTS]
+    labels = {l: n for es in parts.values() for _, l, n in es} # a name is cleaned once, not a million times
+    names, top = {l: clean_name(n, card.corrections) for l, n in labels.items()}, os.path.join(folder, '')
+    lists = [[Item(FileImage(top + p, p), l, names[l]) for p, l, _ in parts[part]] for part in PARTS]
     classes = [names[l] for l in sorted(names)]
     twins = [n for n in card.twins if classes.count(n) > 1]
     if twins: note += f" As published, two classes each are called {' and '.join(map(repr, twins))}."
@@ -502,6 +503,7 @@ def _names_file(folder): # folder name -> class name
     return names
 
 def _renamed(parts, names, where): # entries with the names of the names file
+    if not names: return parts
     known = {n for es in parts.values() for _, _, n in es}
     odd = next((n for n in names if n not in known), None)
     if odd: raise IpoError(f"{where}: class_names names the folder {odd!r}, which is not there{nearest(odd, known) or ': take the line out.'}")
@@ -580,7 +582,7 @@ def _mat_entries(path, folder): # (image, label from 1) of each image
 
 def _mat_names(path): # label from 1 -> class name
     if path.suffix == '.json': names = {int(k): n for k, n in json.loads(path.read_bytes()).items()}
-    else: names = dict(enumerate(map(str, _mat(path)['class_names']), 1))
+    else: names = dict(enumerate((str(n).strip() for n in _mat(path)['class_names']), 1))
     return {k: re.sub(r'^(.+) (\d{4})$', r'\2 \1', n) for k, n in names.items()}
 
 # %% ../nbs/04_data.ipynb #939381cd
@@ -677,7 +679,7 @@ def shifts(of:str=None # a dataset; all shifted versions where it is left out
 # %% ../nbs/04_data.ipynb #e8156e42
 def _published_part(card, home, parts, split, check): # (entries, source, why), for lists and folders that are the published split
     gone = set(_missing(home/card.images, parts)) if check and card.layout != 'synsets' else set() # folders were just listed
-    here = {p: [e for e in es if e[0] not in gone] for p, es in parts.items()}
+    here = {p: [e for e in es if e[0] not in gone] for p, es in parts.items()} if gone else parts
     counts = {p: len(es) for p, es in here.items()}
     if not gone and counts == (card.splits or counts) and split != 'subset': return here, 'published', ''
     want = '{train:,} train, {val:,} val and {test:,} test images of '.format(**card.splits) + f'{card.classes:,} classes' if card.splits else 'more'

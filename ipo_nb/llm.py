@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LLMS', 'SMOLLM2', 'LLM', 'Sampling', 'llm_scheme', 'llm_forms', 'load_llm', 'edit', 'RandomControl', 'continue_text',
-           'smollm2_gguf', 'whole', 'build_once', 'load_smollm2', 'SlotOnce', 'SmolLM2', 'LocalChat', 'split_endpoint',
-           'is_local', 'endpoint_error', 'OpenAIChat', 'default_llm']
+           'smollm2_gguf', 'whole', 'build_once', 'load_smollm2', 'SlotOnce', 'cpu_threads', 'SmolLM2', 'LocalChat',
+           'split_endpoint', 'is_local', 'endpoint_error', 'OpenAIChat', 'default_llm']
 
 # %% ../nbs/02_llm.ipynb #796315dc
 import contextlib, hashlib, importlib.metadata, importlib.util, ipaddress, json, os, random, re, tempfile
@@ -64,7 +64,7 @@ def load_llm(spec:str,            # one of `llm_forms()`
              temperature:float|None=1., # 0 to 2
              top_p:float|None=None,     # 0 to 1
              max_tokens:int|None=None,  # of one reply; None: enough for the prompts asked for
-             **options            # of the back end: api_key, timeout, max_retries, device
+             **options            # of the back end: api_key, timeout, max_retries; device, threads
             ) -> LLM:
     "The optimizer behind a specification. Raises `IpoError` on an unknown or incomplete one and on impossible parameters."
     scheme, _, rest = str(spec).strip().partition(':')
@@ -272,12 +272,23 @@ class SlotOnce:
         seen = (ids[:, self.start:] == self.slot).any(1, keepdim=True)
         return scores + torch.where(seen, self.after.to(scores), self.before.to(scores))
 
+# %% ../nbs/02_llm.ipynb #055b55f3
+@contextlib.contextmanager
+def cpu_threads(n:int # torch's threads inside the block
+               ):
+    "Another number of threads for a while."
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../nbs/02_llm.ipynb #8193cf01
 class SmolLM2(LLM):
     "The embedded default: continues the scored list, one reply a prompt."
     reads = 'listing'
 
-    def __init__(self, sampling, device='auto'):
+    def __init__(self, sampling, device='auto', threads=1):
+        self.threads = threads
         self.sampling = sampling.model_copy(update=dict(top_p=sampling.top_p or .9, max_tokens=sampling.max_tokens or 24))
         self.model, self.tok, self.source = load_smollm2(device)
         self.once = SlotOnce(self.tok, self.model.config.vocab_size)
@@ -285,8 +296,9 @@ class SmolLM2(LLM):
     def __call__(self, meta, n, seed):
         ids = self.tok(meta.listing.replace(PLACEHOLDER, _SLOT), return_tensors='pt').input_ids.to(self.model.device)
         self.once.start, pad = ids.shape[1], self.tok.eos_token_id
-        rows = continue_text(self.model, ids, n, seed, logits_processor=[self.once], max_new_tokens=self.sampling.max_tokens,
-                             eos_token_id=self.once.ends, pad_token_id=pad, **_draw(self.sampling, .9)).tolist()
+        with cpu_threads(self.threads):
+            rows = continue_text(self.model, ids, n, seed, logits_processor=[self.once], max_new_tokens=self.sampling.max_tokens,
+                                 eos_token_id=self.once.ends, pad_token_id=pad, **_draw(self.sampling, .9)).tolist()
         return [self._reply(row, ids.shape[1]*(i == 0)) for i, row in enumerate(rows)]
 
     def _reply(self, row, tokens_in):
@@ -298,7 +310,7 @@ class SmolLM2(LLM):
         return super().describe() | dict(model=SMOLLM2, **self.source, sampling=self.sampling.given(), bonus=3., versions=_versions('torch', 'transformers'))
 
 @llm_scheme('smollm2')
-def _smollm2(rest, sampling, device='auto', **_): return SmolLM2(sampling, device)
+def _smollm2(rest, sampling, device='auto', threads=1, **_): return SmolLM2(sampling, device, threads)
 
 # %% ../nbs/02_llm.ipynb #d0adb671
 class LocalChat(LLM):

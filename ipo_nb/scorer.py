@@ -213,6 +213,7 @@ def _read_features(file, n):
     except (OSError, SafetensorError, KeyError): return None
     return feats if feats.ndim == 2 and len(feats) == n and feats.dtype == torch.float32 and feats.isfinite().all() else None
 
+# %% ../nbs/03_scorer.ipynb #7b56bc94
 def image_features(clip:Clip, # loaded model
                    images,    # objects with .key, .sha() and .open()
                    cache=None # folder; None: the user's cache folder; False: no cache
@@ -234,6 +235,7 @@ def _tokens(clip, texts):
     differs = ids != ids[:, -1:] # the padding is what equals the last column, up to the end
     return ids, (differs * torch.arange(1, width+1)).amax(1)
 
+# %% ../nbs/03_scorer.ipynb #aa8f43c7
 def token_length(clip:Clip,  # loaded model
                  prompt:str, # text with `<CLASS>`
                  names       # class names
@@ -327,6 +329,7 @@ def _fast(clip, ids):
         for i, row in zip(group.tolist(), _run(clip.tower, *_tree(rows), at).float().cpu()): out[i] = row
     return torch.stack(out)
 
+# %% ../nbs/03_scorer.ipynb #0642c91b
 @torch.no_grad()
 def text_features(clip:Clip, # loaded model
                   prompts,   # texts with `<CLASS>`

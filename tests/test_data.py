@@ -1,16 +1,25 @@
 "Cards, real trees and bad input: what is no documentation and so stands beside the notebook."
-import functools, hashlib, json, random, shutil
+import csv, functools, hashlib, inspect, json, pickle, random, re, shutil
 from pathlib import Path
 import pytest
 from PIL import Image
 from ipo_nb.core import IpoError, project_dir
+from ipo_nb import data
 from ipo_nb.data import (LAYOUTS, PARTS, SPLIT_SOURCES, Card, FileImage, cards_table, card_names, describe, few_shot, halves, items_sha,
-                         load_card, load_dataset, read_card, read_split, subset)
+                         load_card, load_dataset, original_labels, read_card, read_split, shifts, subset, synset_names, synsets)
 from ipo_nb.miniworld import MINI, class_names, sizes
 
 REAL = project_dir().parent/'shared'/'real'
 real = pytest.mark.skipif(not REAL.exists(), reason='the real photographs (../shared/real) are not on this machine')
 PAPER = ['caltech101', 'dtd', 'eurosat']
+STUDY = dict( # CoOp's counts: classes, train, val, test, and its hand-written template
+    imagenet=(1000, 1281167, 0, 50000, 'a photo of a <CLASS>.'), caltech101=(100, 4128, 1649, 2465, 'a photo of a <CLASS>.'),
+    oxford_pets=(37, 2944, 736, 3669, 'a photo of a <CLASS>, a type of pet.'), stanford_cars=(196, 6509, 1635, 8041, 'a photo of a <CLASS>.'),
+    oxford_flowers=(102, 4093, 1633, 2463, 'a photo of a <CLASS>, a type of flower.'), food101=(101, 50500, 20200, 30300, 'a photo of <CLASS>, a type of food.'),
+    fgvc_aircraft=(100, 3334, 3333, 3333, 'a photo of a <CLASS>, a type of aircraft.'), sun397=(397, 15880, 3970, 19850, 'a photo of a <CLASS>.'),
+    dtd=(47, 2820, 1128, 1692, '<CLASS> texture.'), eurosat=(10, 13500, 5400, 8100, 'a centered satellite photo of <CLASS>.'),
+    ucf101=(101, 7639, 1898, 3783, 'a photo of a person doing <CLASS>.'), imagenetv2=(1000, 0, 0, 10000, 'a photo of a <CLASS>.'),
+    imagenet_sketch=(1000, 0, 0, 50889, 'a photo of a <CLASS>.'), imagenet_a=(200, 0, 0, 7500, 'a photo of a <CLASS>.'), imagenet_r=(200, 0, 0, 30000, 'a photo of a <CLASS>.'))
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +91,39 @@ def test_no_path_is_a_dataset(name): says(lambda: load_dataset(name, '.'), 'no d
 def test_unknown_dataset_says_the_nearest(): says(lambda: load_dataset('eurosta'), "did you mean 'eurosat'?")
 
 
+@pytest.mark.parametrize('name', STUDY)
+def test_cards_of_the_study(name):
+    card = load_card(name); n, *counts, template = STUDY[name]
+    assert (card.classes, card.base, card.novel) == (n, (n + 1)//2, n//2) and card.splits == dict(zip(PARTS, counts)) and card.template == template
+    assert all(w in card.prose for w in ('**By hand.**', '**Known flaws.**')) and card.sources and card.metric == 'accuracy'
+    assert bool(card.split_sha256) == bool(card.split_file) == (name not in ('imagenet', 'fgvc_aircraft', *shifts('imagenet')))
+    pieces = {s.what for s in card.sources}
+    assert ('split' in pieces) == bool(card.split_file) and ('images' in ' '.join(pieces)) == (name != 'imagenet')
+    for s in card.sources:
+        if s.what == 'split': assert s.checksum == f'sha256:{card.split_sha256}' and s.to == card.split_file
+        if s.what in ('names', 'labels'): assert s.to
+        if s.url.startswith('hf:'): assert re.search('@[0-9a-f]{40}$', s.url)
+
+def test_checksums_are_those_of_torchvision():
+    tv = pytest.importorskip('torchvision.datasets')
+    for name, cls in dict(food101='Food101', dtd='DTD', sun397='SUN397', oxford_flowers='Flowers102', oxford_pets='OxfordIIITPet', eurosat='EuroSAT', caltech101='Caltech101').items():
+        text = inspect.getsource(getattr(tv, cls))
+        md5 = {s.checksum[4:] for s in load_card(name).sources if s.what in ('images', 'labels') and s.checksum and s.checksum.startswith('md5:')}
+        assert md5 and all(m in text for m in md5), name
+    assert all(m in load_card('imagenet').prose for _, m in inspect.getmodule(tv.ImageNet).ARCHIVE_META.values())
+
+def test_index_of_cards_is_up_to_date():
+    if not (project_dir()/'data_cards').exists(): pytest.skip('not a clone')
+    assert cards_table() in (project_dir()/'data_cards'/'README.md').read_text(encoding='utf-8')
+
+@pytest.mark.parametrize('old,new,words', [
+    ('what: images', 'what: imagse', 'sources.'), ('url: \'https', 'url: \'ftp', 'url'), ('md5:fff7', 'md5:xff7', 'checksum'), ('size: 625239812', 'sise: 625239812', "'sources.2.sise' is unknown; did you mean 'size'?"),
+    ('layout: folder', 'layout: folder\nlabels: {fils: {}}', "did you mean 'files'?"), ('layout: folder', 'layout: folder\nlabels: {subset: imagenet_b}', 'labels.subset')])
+def test_bad_sources_and_labels(tmp_path, old, new, words):
+    text = (project_dir()/'data_cards'/'dtd.md').read_text(); assert old in text
+    (tmp_path/'dtd.md').write_text(text.replace(old, new, 1)); says(lambda: read_card(tmp_path/'dtd.md'), words)
+
+
 # ---- the real trees
 
 @real
@@ -130,7 +172,7 @@ def test_split_files_without_images(name, file, tmp_path):
     assert ds.split_source == 'published' and len(ds.classes) == ds.card.classes
     assert not any('_' in c for c in ds.classes)
     says(lambda: load_dataset(name, tmp_path), 'are missing from')
-    says(lambda: load_dataset(name, tmp_path, split='own'), 'do not lie in class folders')
+    says(lambda: load_dataset(name, tmp_path, split='own'), 'there is no cat_to_name.json' if name == 'oxford_flowers' else 'images')
     if name == 'oxford_flowers': assert "colt's foot" in halves(ds)[0] and ds.classes[0] == 'pink primrose'
 
 @real
@@ -275,6 +317,9 @@ def test_damaged_images(tmp_path):
     path.write_bytes(b''); says(FileImage(str(path), 'a').open, 'a.png is empty')
     path.unlink(); says(FileImage(str(path), 'a').open, 'cannot be read')
 
+def test_images_travel_to_worker_processes():
+    for i in (FileImage('/x/a.jpg', 'a.jpg'), load_dataset('mini_aerial').train[0]): assert pickle.loads(pickle.dumps(i)) == i
+
 def test_images_of_other_modes_become_rgb(tmp_path):
     for mode in ('1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16'):
         path = tmp_path/'a.tif'; Image.new(mode, (3, 3)).save(path)
@@ -317,3 +362,146 @@ def test_mini_datasets_load_and_shift_the_same_things():
         assert ds.split_source == 'generated' and ds.split_source in SPLIT_SOURCES and describe(ds)['generator']
         assert not {i.image.key for i in ds.train} & {i.image.key for i in ds.test}
         if ds.card.shift_of: assert ds.classes == load_dataset(ds.card.shift_of).classes
+
+
+# ---- the readers, on trees of our own under the real cards
+
+def touched(root, *paths):
+    for p in paths: (root/p).parent.mkdir(parents=True, exist_ok=True); (root/p).write_bytes(p.encode())
+    return root
+
+@pytest.fixture
+def cards(monkeypatch):
+    "Change a real card for a test: `cards('dtd', classes=2, ...)`."
+    real = data.load_card
+    def change(name, **kw):
+        card = real(name).model_copy(update=kw)
+        monkeypatch.setattr(data, 'load_card', lambda n: card if n == name else real(n))
+        return card
+    return change
+
+def test_aircraft_lists(tmp_path, cards):
+    home = tmp_path/'fgvc_aircraft'; home.mkdir()
+    names = ['707-320', 'F/A-18', 'Boeing 717']; (home/'variants.txt').write_text('\n'.join(names))
+    for k, p in enumerate(PARTS): (home/f'images_variant_{p}.txt').write_text(''.join(f'{k}{i} {n}\n' for i, n in enumerate(names)))
+    touched(home/'images', *(f'{k}{i}.jpg' for k in range(3) for i in range(3)))
+    says(lambda: load_dataset('fgvc_aircraft', tmp_path), 'variants.txt is not the published file')
+    labels = load_card('fgvc_aircraft').labels.model_copy(update=dict(sha256={}))
+    cards('fgvc_aircraft', labels=labels)
+    says(lambda: load_dataset('fgvc_aircraft', tmp_path), 'holds 3 train, 3 val and 3 test images of 3 classes, and fgvc_aircraft has 3,334 train')
+    cards('fgvc_aircraft', labels=labels, splits=dict(train=3, val=3, test=3), classes=3, base=2, novel=1)
+    ds = load_dataset('fgvc_aircraft', tmp_path)
+    assert (ds.split_source, ds.classes, ds.test[1].image.key) == ('published', names, '21.jpg') and ds.split_file.count('sha256:') == 3
+    says(lambda: load_dataset('fgvc_aircraft', tmp_path, split='own'), 'leave split alone')
+    (home/'images'/'00.jpg').unlink()
+    says(lambda: load_dataset('fgvc_aircraft', tmp_path), '00.jpg is missing', 'ipo_data check')
+    part = load_dataset('fgvc_aircraft', tmp_path, split='subset', verbose=False)
+    assert part.split_source == 'subset' and len(part.train) == 2 and 'not comparable' in part.note
+    (home/'images_variant_test.txt').write_text('20 707-330\n'); says(lambda: load_dataset('fgvc_aircraft', tmp_path), "line 1 of images_variant_test.txt", "did you mean '707-320'?")
+    (home/'images_variant_test.txt').unlink(); says(lambda: load_dataset('fgvc_aircraft', tmp_path), 'there is no images_variant_test.txt')
+
+def test_own_splits_of_published_sets(tmp_path):
+    from scipy.io import savemat
+    touched(tmp_path/'oxford_pets'/'images', *(f'{c}_{i}.jpg' for c in ('Abyssinian', 'boxer', 'Bengal') for i in range(4)))
+    pets = load_dataset('oxford_pets', tmp_path, split='own', verbose=False)
+    assert (pets.classes, pets.split_source) == (['abyssinian', 'bengal', 'boxer'], 'own split')
+    touched(tmp_path/'sun397'/'SUN397', *(f'{c}/sun_{i}.jpg' for c in ('a/abbey', 'c/church/indoor', 'c/church/outdoor') for i in range(4)))
+    assert load_dataset('sun397', tmp_path, split='own', verbose=False).classes == ['abbey', 'indoor church', 'outdoor church']
+    touched(tmp_path/'ucf101'/'UCF-101-midframes', *(f'{c}/v_{i}.jpg' for c in ('Apply_Eye_Makeup', 'Yo_Yo') for i in range(4)))
+    assert load_dataset('ucf101', tmp_path, split='own', verbose=False).classes == ['Apply Eye Makeup', 'Yo Yo']
+    home = tmp_path/'stanford_cars'; (home/'devkit').mkdir(parents=True)
+    rows = lambda k: [{'fname': f'{i}.jpg', 'class': 1 + i % 2} for i in range(4)]
+    savemat(home/'devkit'/'cars_meta.mat', dict(class_names=['Audi TTS Coupe 2012', 'Ford GT 2006'])); savemat(home/'devkit'/'cars_train_annos.mat', dict(annotations=rows(0)))
+    savemat(home/'cars_test_annos_withlabels.mat', dict(annotations=rows(1)))
+    says(lambda: load_dataset('stanford_cars', tmp_path, split='own'), 'is not the published file')
+
+def test_cars_and_flowers_from_matlab_files(tmp_path, cards):
+    from scipy.io import savemat
+    home = tmp_path/'stanford_cars'; (home/'devkit').mkdir(parents=True)
+    savemat(home/'devkit'/'cars_meta.mat', dict(class_names=['Audi TTS Coupe 2012', 'Ford GT 2006']))
+    for f in ('devkit/cars_train_annos.mat', 'cars_test_annos_withlabels.mat'): savemat(home/f, dict(annotations=[{'fname': f'{i}.jpg', 'class': 1 + i % 2} for i in range(4)]))
+    card = load_card('stanford_cars'); cards('stanford_cars', labels=card.labels.model_copy(update=dict(sha256={})))
+    ds = load_dataset('stanford_cars', tmp_path, split='own', verbose=False)
+    assert ds.classes == ['2012 Audi TTS Coupe', '2006 Ford GT'] and {i.image.key.split('/')[0] for i in ds.train + ds.val + ds.test} == {'cars_train', 'cars_test'}
+    for bad in (b'', b'MATLAB 5.0 MAT-file', b'no'): (home/'devkit'/'cars_meta.mat').write_bytes(bad); says(lambda: load_dataset('stanford_cars', tmp_path, split='own'), 'MATLAB')
+
+@pytest.mark.parametrize('text,words', [
+    ('a,b\n1.png,ant\n', 'the columns image and class'), ('', 'the columns image and class'), ('image,class\n1.png,\n', 'line 2'), ('image,class,split\n1.png,ant,dev\n', 'a split of train, val or test'),
+    ('image,class\n../1.png,ant\n', 'leads out'), ('image,class\n1.png,ant\n1.png,bee\n', 'names 1.png 2 times'), ('image,class\n1.png,ant\n2.png,bee\n', 'too small to split')])
+def test_bad_csv(tmp_path, text, words):
+    (tmp_path/'labels.csv').write_text(text); says(lambda: load_dataset('folder', tmp_path), words)
+
+def test_csv(tmp_path):
+    rows = [(f'{k}{i}.png', c, p) for k, c in enumerate(('ant', 'AC, "DC"')) for i, p in enumerate(('train', 'train', 'test'))]
+    with open(tmp_path/'labels.csv', 'w', newline='', encoding='utf-8-sig') as f: csv.writer(f).writerows([('image', 'class', 'split'), *rows])
+    touched(tmp_path, *(r[0] for r in rows))
+    ds = load_dataset('folder', tmp_path, verbose=False)
+    assert (ds.classes, ds.split_source, len(ds.train), len(ds.test)) == (['AC, "DC"', 'ant'], 'as laid out', 4, 2)
+
+
+# ---- ImageNet and its shifts
+
+@pytest.fixture
+def imagenet(tmp_path):
+    "All 1,000 folders with one training and one validation image."
+    touched(tmp_path/'imagenet'/'images', *(f'{d}/{w}/{i}.JPEG' for w in synsets() for d, i in (('train', f'{w}_1'), ('val', 'ILSVRC2012_val_1'))))
+    return tmp_path
+
+def test_imagenet(imagenet, cards):
+    says(lambda: load_dataset('imagenet', imagenet), 'holds 1,000 train, 0 val and 1,000 test images of 1,000 classes, and imagenet has 1,281,167 train', "split='subset'")
+    part = load_dataset('imagenet', imagenet, split='subset', verbose=False)
+    assert part.split_source == 'subset' and len(part.classes) == 1000
+    cards('imagenet', splits=dict(train=1000, val=0, test=1000))
+    ds = load_dataset('imagenet', imagenet)
+    assert ds.split_source == 'published' and "two classes each are called 'missile' and 'sunglasses'" in ds.note and 'open_clip' in ds.split_file
+    base, novel = halves(ds)
+    assert (len(base), len(novel), base[0], base[134], novel[17]) == (500, 500, 'tench', 'crane bird', 'construction crane')
+    assert len(few_shot(ds, 1, 1)) == 500 and {i.label for i in subset(ds.test, 'novel', ds)} == set(range(500))
+    assert ds.test[0].image.key == 'val/n01440764/ILSVRC2012_val_1.JPEG'
+
+def test_imagenet_names_file(imagenet, cards):
+    cards('imagenet', splits=dict(train=1000, val=0, test=1000)); path = imagenet/'imagenet'/'classnames.txt'
+    path.write_text('\n'.join(f'{w} name of {w}' for w in synsets()))
+    ds = load_dataset('imagenet', imagenet)
+    assert ds.classes[0] == 'name of n01440764' and ds.split_file.startswith('classnames.txt sha256:') and 'As published' not in ds.note
+    assert synset_names(imagenet/'imagenet-adversarial')[0]['n01440764'] == 'name of n01440764' # the shifts use ImageNet's
+    path.write_text('\n'.join(f'{w} thing' for w in synsets())); says(lambda: load_dataset('imagenet', imagenet), "both called 'thing'")
+    path.write_text('\n'.join(f'{w} {w}' for w in synsets()[1:])); says(lambda: load_dataset('imagenet', imagenet), '1 of the 1,000 are missing, for example n01440764')
+    path.write_bytes(b'\xff\xfe'); says(lambda: load_dataset('imagenet', imagenet), 'is no text file')
+
+def test_imagenet_mistakes(imagenet):
+    val = imagenet/'imagenet'/'images'/'val'
+    (val/'n99999999').mkdir(); says(lambda: load_dataset('imagenet', imagenet), 'n99999999 is no class of imagenet')
+    shutil.rmtree(val); touched(val, 'ILSVRC2012_val_00000001.JPEG'); says(lambda: load_dataset('imagenet', imagenet), 'holds 1 images and no folders', 'data_cards/imagenet.md')
+    shutil.rmtree(val); says(lambda: load_dataset('imagenet', imagenet), 'there is no folder')
+    says(lambda: load_dataset('imagenet', imagenet, split='own'), 'there is no folder')
+
+def test_a_part_of_imagenet(tmp_path):
+    touched(tmp_path/'imagenet'/'images', *(f'{d}/{w}/{i}.JPEG' for w in synsets()[5:9] for d in ('train', 'val') for i in 'ab'))
+    ds = load_dataset('imagenet', tmp_path, split='subset', verbose=False)
+    assert ds.classes == ['electric ray', 'stingray', 'rooster', 'hen'] and {i.label for i in ds.train} == {0, 1, 2, 3} and '1,000 classes' in ds.note
+
+@pytest.mark.parametrize('name,folder,n', [('imagenet_a', 'imagenet-adversarial/imagenet-a', 200), ('imagenet_r', 'imagenet-rendition/imagenet-r', 200),
+                                           ('imagenet_sketch', 'imagenet-sketch/images', 1000), ('imagenetv2', 'imagenetv2/imagenetv2-matched-frequency-format-val', 1000)])
+def test_shifts_of_imagenet(name, folder, n, tmp_path, cards):
+    ids = synsets(load_card(name).labels.subset)
+    touched(tmp_path/folder, *(f'{k if name == "imagenetv2" else w}/x.jpg' for k, w in enumerate(ids)), 'README.txt')
+    cards(name, splits=dict(train=0, val=0, test=n))
+    ds = load_dataset(name, tmp_path); names, at = synset_names(tmp_path/'x')[0], original_labels(name)
+    assert ds.split_source == 'published' and len(ds.classes) == n == len(at) and not ds.train
+    assert ds.classes == [names[synsets()[k]] for k in at] # label by label the class of the original
+    if name == 'imagenetv2': assert [i.image.key.split('/')[0] for i in ds.test] == [str(k) for k in range(1000)]
+    says(lambda: few_shot(ds, 1, 1), 'no training images', 'search on imagenet')
+    json.dumps(describe(ds))
+
+def test_the_two_subsets_differ():
+    a, r = set(original_labels('imagenet_a')), set(original_labels('imagenet_r'))
+    assert len(a) == len(r) == 200 and a != r and 'n01443537' in synsets('imagenet_r') and 'n01443537' not in synsets('imagenet_a')
+
+def test_images_of_another_shift_are_refused(tmp_path):
+    touched(tmp_path/'imagenet-adversarial'/'imagenet-a', *(f'{w}/x.jpg' for w in synsets('imagenet_r')))
+    says(lambda: load_dataset('imagenet_a', tmp_path), 'is no class of imagenet_a')
+
+def test_shifts_of_the_miniworld():
+    assert shifts('mini_objects') == sorted(n for n in MINI if n.startswith('mini_objects_')) and set(shifts()) == {*shifts('mini_objects'), *shifts('imagenet')}
+    says(lambda: original_labels('eurosat'), 'is no shifted version')

@@ -13,6 +13,10 @@ def completion(content='<INS>a drawing of a <CLASS>.</INS>', **kw):
     return dict(id='x', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=content))],
                 usage=dict(prompt_tokens=11, completion_tokens=7, total_tokens=18)) | kw
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    with L.cpu_threads(1): yield
+
 @pytest.fixture
 def server():
     "An OpenAI-compatible server; `answer` is (status, object, page or raw bytes), or a function of the request."
