@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SPLIT_SOURCES', 'SUFFIXES', 'LAYOUTS', 'Settings', 'Source', 'Labels', 'Card', 'check_counts', 'read_card',
-           'card_names', 'load_card', 'cards_table', 'FileImage', 'MiniImage', 'Item', 'items_sha', 'clean_name',
-           'Dataset', 'halves', 'subset', 'describe', 'read_index', 'few_shot', 'read_split', 'read_folders',
-           'own_split', 'synsets', 'synset_names', 'original_labels', 'shifts', 'load_dataset']
+           'card_names', 'load_card', 'cards_table', 'cards_index', 'FileImage', 'MiniImage', 'Item', 'items_sha',
+           'clean_name', 'Dataset', 'halves', 'subset', 'describe', 'read_index', 'few_shot', 'read_split',
+           'read_folders', 'own_split', 'synsets', 'synset_names', 'original_labels', 'shifts', 'load_dataset']
 
 # %% ../nbs/04_data.ipynb #0ae1a923
 import csv, hashlib, json, os, re, unicodedata, zlib
@@ -44,7 +44,7 @@ class Source(_Strict):
     url:str = Field(pattern=r'^(https?://|hf:)\S+$')         # http(s)://..., or hf:[datasets/]OWNER/NAME/FILE@REVISION on the hub
     checksum:str|None = Field(None, pattern=r'^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$') # of the file
     size:int|None = Field(None, gt=0)                        # bytes
-    to:str|None = Field(None, pattern=r'^[\w.-]+$')          # the file's name in the dataset's folder; none: an archive to unpack
+    to:str|None = Field(None, pattern=r'^\w[\w.-]*$')        # the file's name in the dataset's folder; none: an archive to unpack
     holds:str|None = None                                    # the folder in the archive that is wanted; none: that of the images
     becomes:str|None = None                                  # its name in the dataset's folder, if another
     inner:str|None = None                                    # an archive inside the archive that is meant
@@ -144,6 +144,21 @@ def cards_table() -> str: # a Markdown table, one row a card
         rows.append(f'| {_cell(c.name)} | {halves} | {counts} | {_cell(c.licence)} | `{c.template}` |')
     return '\n'.join(rows)
 
+# %% ../nbs/04_data.ipynb #1bf28142
+def cards_index() -> str: # Markdown
+    "The text of data_cards/README.md."
+    return f"""# The datasets
+
+One card a dataset. Its front matter is what the loader reads and checks; its prose is for people: what the images look like, how to get them by hand, known flaws.
+`ipo_data get NAME --data_root DIR` fetches a dataset, `ipo_data check NAME` says what is there and what is missing, `ipo_data list` gives sizes.
+
+Counts and halves are CoOp's: labels sorted, the first half (rounded up) is base. ImageNet's validation images are its test images; its shifted versions have test images only.
+
+{cards_table()}
+
+A new dataset is a new card and no code, where its images lie in one of the ways that `LAYOUTS` names (notebook `04_data`).
+"""
+
 # %% ../nbs/04_data.ipynb #78a3f9b1
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) # what Pillow raises for a damaged file
 
@@ -234,7 +249,7 @@ def subset(items:list, # items of a dataset
     spans = {'base': (0, m), 'novel': (m, n), 'all': (0, n)}
     if half not in spans: raise IpoError(f"there is no half called {half!r}{nearest(half, spans) or '; say base, novel or all.'}")
     lo, hi = spans[half]
-    return [replace(i, label=i.label - lo) for i in items if lo <= i.label < hi]
+    return [Item(i.image, i.label - lo, i.name) for i in items if lo <= i.label < hi]
 
 # %% ../nbs/04_data.ipynb #91fc89ee
 def describe(ds:Dataset # a loaded dataset
@@ -277,7 +292,7 @@ def _home(card, data_root): # the dataset's own folder
         if (root/f).is_dir(): return root/f
     if root.absolute().name in _folders(card): raise IpoError(f"data_root {root} is the folder of {card.name} itself: pass the one above it.")
     there = sorted(p.name for p in root.iterdir() if p.is_dir())
-    near = nearest(_folders(card)[0], there) or f'; data_cards/{card.name}.md says what belongs there and where to get it.'
+    near = nearest(_folders(card)[0], there) or f'; `ipo_data get {card.name}` fetches it, and data_cards/{card.name}.md says what belongs there.'
     raise IpoError(f"data_root {root} holds no folder {_folders(card)[0]}{near}")
 
 # %% ../nbs/04_data.ipynb #6a347c2b
@@ -434,8 +449,8 @@ def _too_few(card, images, gone, parts, path):
 def _from_split(card, home, split, check): # the three cases
     path, images = home/card.split_file, home/card.images
     if not path.exists():
-        raise IpoError(f"there is no {card.split_file} in {home}: data_cards/{card.name}.md says where to get it; "
-                       "split='own' makes an own split instead, and marks it.")
+        raise IpoError(f"there is no {card.split_file} in {home}: `ipo_data get {card.name}` fetches it (data_cards/{card.name}.md says more), "
+                       "and split='own' makes an own split instead, and marks it.")
     whole, sub = _held(card, path), _subset_file(card, home)
     gone = _missing(images, whole) if check and split != 'subset' else []
     if not gone and split != 'subset':
@@ -556,7 +571,8 @@ def _listed(card, path, label): # the entries of one list file
     for i, line in enumerate(_lines(path)):
         stem, _, name = line.partition(' ')
         if name not in label:
-            raise IpoError(f"line {i + 1} of {path.name} gives {stem} the class {name!r}, which is not in {card.labels.names}{nearest(name, label) or ': fetch both again.'}")
+            near = nearest(name, label) or ': fetch both again.'
+            raise IpoError(f"line {i + 1} of {path.name} gives {stem} the class {name!r}, which is not in {card.labels.names}{near}")
         yield _entry([stem + card.labels.suffix, label[name], name], path.name)
 
 def _layout_lists(card, home): # a list file a part, and one with the names
@@ -689,6 +705,12 @@ def _published_part(card, home, parts, split, check): # (entries, source, why), 
                        "and split='subset' uses what is there, and marks it.")
     return here, 'subset', f', of {want}'
 
+# %% ../nbs/04_data.ipynb #3825217e
+def _all_here(card, images, parts): # a sentence where labels name images that are not there
+    gone = _missing(images, parts)
+    if gone: raise IpoError(f"{len(gone):,} of the {sum(map(len, parts.values())):,} images that the labels of {card.name} name are missing from {images}, "
+                            f"for example {gone[0]}: restore them, or take their lines out.")
+
 # %% ../nbs/04_data.ipynb #2dce7222
 LAYOUTS = dict(folder=_layout_folder, tree=_layout_tree, stem=_layout_stem, lists=_layout_lists, mat=_layout_mat,
                csv=_layout_csv, synsets=_layout_synsets, split=_layout_split)
@@ -703,6 +725,7 @@ def _from_layout(card, home, split='auto', check=True):
         if split == 'own': raise IpoError(f"the publishers of {card.name} divided its images: leave split alone.")
         parts, source, why = _published_part(card, home, parts, split, check)
         file = synset_names(home, card.labels.names)[1] if card.layout == 'synsets' else ', '.join(_file_note(home/f) for f in card.labels.files.values())
+    elif check: _all_here(card, home/card.images, parts)
     comparable = '' if source == 'published' else '; not comparable with published figures'
     return _dataset(card, parts, home/card.images, source, f'{source}: {_counts(parts)}{why}{comparable}.', file)
 

@@ -10,13 +10,16 @@ import argparse, gzip, hashlib, json, lzma, os, re, shutil, stat, sys, tarfile, 
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path, PurePosixPath
 import httpx
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .core import IpoError, progress, write_json
-from .data import PARTS, Source, _cell, _file_note, _find, _folders, _held, _held_subset, _home, _layout_lists, _missing, _subset_file, card_names, halves, load_card, load_dataset, synsets
+from .data import PARTS, Source, card_names, load_card, load_dataset, read_folders, synsets
+from .data import _file_note, _find, _folders, _held, _held_subset, _home, _is_image, _layout_lists, _missing, _subset_file
 
 # %% ../nbs/04a_download.ipynb #a4686b61
 class _Fault(Exception): "Why one source did not give its file."
@@ -30,10 +33,11 @@ def file_hash(path, # a file of any size
 def _verify(path, source): # what is known about the file; a fault where it is another
     n = path.stat().st_size
     if source.size and n != source.size: raise _Fault(f'sent {n:,} bytes instead of {source.size:,}')
+    seen = file_hash(path)
     if source.checksum:
         kind, want = source.checksum.split(':')
-        if file_hash(path, kind) != want: raise _Fault(f'sent wrong bytes (their {kind} is not that of the card)')
-    return dict(what=source.what, url=source.url, bytes=n, sha256=file_hash(path), checked=bool(source.checksum))
+        if want != (seen if kind == 'sha256' else file_hash(path, kind)): raise _Fault(f'sent wrong bytes (their {kind} is not that of the card)')
+    return dict(what=source.what, url=source.url, bytes=n, sha256=seen, checked=bool(source.checksum))
 
 # %% ../nbs/04a_download.ipynb #3ecd1c4f
 def _direct(url): # Google Drive's page of a file -> the file
@@ -70,7 +74,7 @@ def _resumes(r, have): # does this answer go on at the byte where the part ends?
 def _request(source, part, timeout): # one request: the part grows; httpx's errors where it breaks off
     tag_file = part.with_name(part.name + '.tag')
     tag, have = tag_file.read_text() if tag_file.exists() else '', _size(part)
-    with httpx.stream('GET', _direct(source.url), headers=_ask(part, tag, bool(source.checksum)), follow_redirects=True, timeout=timeout) as r:
+    with httpx.stream('GET', _direct(source.url), headers=_ask(part, tag, bool(source.checksum)), follow_redirects=True, timeout=_patience(timeout)) as r:
         if r.status_code == 416 and r.headers.get('content-range', '') == f'bytes */{have}': return # it had all come
         if r.status_code == 416: part.unlink(); raise httpx.ReadError('the host does not have the rest')
         _judge(r, source)
@@ -78,8 +82,11 @@ def _request(source, part, timeout): # one request: the part grows; httpx's erro
         tag_file.write_text(_tag(r.headers))
         rest = int(r.headers.get('content-length') or 0)
         _need_room(part.parent, rest)
-        with open(part, 'ab' if have else 'wb') as f, progress(None, part.name[9:].removesuffix('.part'), total=have + rest or None, initial=have, unit='B', unit_scale=True) as bar:
+        bar = progress(None, part.name[9:].removesuffix('.part'), total=have + rest or None, initial=have, unit='B', unit_scale=True)
+        with open(part, 'ab' if have else 'wb') as f, bar:
             for chunk in r.iter_raw(): f.write(chunk); bar.update(len(chunk))
+
+def _patience(timeout): return httpx.Timeout(timeout, connect=min(timeout, 15)) # a host that does not even answer is given up sooner
 
 def _need_room(folder, n): # a sentence where n bytes do not fit on the disk
     free = shutil.disk_usage(folder).free
@@ -146,13 +153,16 @@ _BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, l
 _JUNK = re.compile(r'(^|/)(__MACOSX/|\._|\.DS_Store$)|\.(pkl|pickle)$')
 
 def _tar_members(t): # (name, kind, size, open); read to the end of the stream, where a compressed one has its checksum
-    for m in t: yield m.name, 'file' if m.isreg() else 'dir' if m.isdir() else 'link' if m.issym() or m.islnk() else 'device', m.size, lambda m=m: t.extractfile(m)
+    for m in t:
+        kind = 'file' if m.isreg() else 'dir' if m.isdir() else 'link' if m.issym() or m.islnk() else 'device'
+        yield m.name, kind, m.size, lambda m=m: t.extractfile(m)
     while t.fileobj.read(1 << 20): pass
 
 def _zip_members(z):
     for i in z.infolist():
-        kind = stat.S_IFMT(i.external_attr >> 16)
-        yield i.filename, 'dir' if i.is_dir() else 'file' if kind in (0, stat.S_IFREG) else 'link' if kind == stat.S_IFLNK else 'device', i.file_size, lambda i=i: z.open(i)
+        mode = stat.S_IFMT(i.external_attr >> 16)
+        kind = 'dir' if i.is_dir() else {0: 'file', stat.S_IFREG: 'file', stat.S_IFLNK: 'link'}.get(mode, 'device')
+        yield i.filename, kind, i.file_size, lambda i=i: z.open(i)
 
 def _members(path): # of a tar file, compressed or not, or of a zip file
     try: t = tarfile.open(path)
@@ -191,7 +201,8 @@ def unpack(archive, # tar or zip file, whatever its name
             if left < 0: raise IpoError(f"{archive.name} unpacks to far more than an archive of images does: it was stopped at {name!r}; use another source.")
     except FileExistsError as e: raise IpoError(f"{archive.name} holds {Path(e.filename).relative_to(folder)} twice: use another source.") from e
     except _BROKEN as e: raise IpoError(f"{archive.name} is damaged or no archive ({type(e).__name__}: {str(e)[:80]}): get it again.") from e
-    except OSError as e: raise IpoError(f"cannot unpack {archive.name} into {folder} ({e.strerror or e}): free some space, or choose a data_root that may be written.") from e
+    except OSError as e:
+        raise IpoError(f"cannot unpack {archive.name} into {folder} ({e.strerror or e}): free some space, or choose a data_root that may be written.") from e
     return n
 
 # %% ../nbs/04a_download.ipynb #5e9c11c7
@@ -201,18 +212,18 @@ def _anchor(folder, name): # the folder of that name nearest to the top
     found = sorted((Path(d)/name for d, dirs, _ in os.walk(folder) if name in dirs), key=lambda p: (len(p.parts), p))
     return found[0] if found else None
 
-def _merge(folder, home): # move what is in one folder into another, file by file where both have a folder
+def _merge(folder, home): # move what is in one folder into another; only images replace what is there
     home.mkdir(parents=True, exist_ok=True)
     for p in sorted(folder.iterdir()):
         if p.is_dir() and (home/p.name).is_dir(): _merge(p, home/p.name)
-        else: os.replace(p, home/p.name)
+        elif _is_image(p.name) or not (home/p.name).exists(): os.replace(p, home/p.name)
 
 # %% ../nbs/04a_download.ipynb #7b15b200
 def _install(path, source, card, home): # a fetched file into the dataset's folder
     if source.to:
         home.mkdir(parents=True, exist_ok=True); os.replace(path, home/source.to)
         return
-    with tempfile.TemporaryDirectory(dir=path.parent) as d:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'{card.name}-unpacking-') as d:
         unpack(path, Path(d)/'out')
         if source.inner:
             inner = next((p for p in Path(d).rglob(source.inner)), None)
@@ -297,9 +308,11 @@ def _lists_of(report, card, home): # compare with lists; which split the loader 
     report.split = f"{'; '.join(_file_note(home/f) for f in files)} ({'the published file' if known else 'its card knows no hash to check it by'})"
     if gone and sub and sub.exists():
         parts = _held_subset(card, sub, whole); n = sum(map(len, parts.values()))
-        report.notes.append(f"{sub.name} names {n:,} images, and {n - len(_missing(home/card.images, parts)):,} of them are here: the loader uses it and marks its figures as those of a subset.")
+        here = n - len(_missing(home/card.images, parts))
+        report.notes.append(f"{sub.name} names {n:,} images, and {here:,} of them are here: the loader uses it and marks its figures as those of a subset.")
     return 'auto'
 
+# %% ../nbs/04a_download.ipynb #f590157d
 def _load(report, card, data_root, split): # the loader's word, or its sentence as a problem
     for s in (split or 'auto', 'subset'):
         try: return load_dataset(card.name, data_root, split=s, verbose=False)
@@ -308,6 +321,13 @@ def _load(report, card, data_root, split): # the loader's word, or its sentence 
     report.problems.append(why)
 
 # %% ../nbs/04a_download.ipynb #70d202de
+def _folder_note(folder): # the class folders and their counts, the smallest first
+    try: counts = Counter({c: len(fs) for c, fs in read_folders(folder).items()})
+    except (IpoError, OSError): return []
+    few = ', '.join(f"'{c}' {n}" for c, n in counts.most_common()[:-11:-1])
+    return [f"{sum(counts.values()):,} images in {len(counts):,} class folders, the smallest: {few}."]
+
+# %% ../nbs/04a_download.ipynb #ca8ffa26
 def check(name:str, # a dataset
           data_root=None, # folder that holds the dataset's folder
           decode:bool=True, # open each image
@@ -322,7 +342,7 @@ def check(name:str, # a dataset
             report.folder = str(home)
             ds = _load(report, card, data_root, _lists_of(report, card, home))
     except IpoError as e: report.problems.append(str(e)); return report
-    if ds is None: return report
+    if ds is None: report.notes += _folder_note(report.folder) if name == 'folder' else []; return report
     report.source, report.split_sha, report.split = ds.split_source, ds.split_sha, report.split or ds.split_file
     if not report.want: _compare_counts(report, card, ds, synsets(card.labels.subset) if card.layout == 'synsets' else ())
     if ds.split_source == 'subset' and card.layout == 'synsets' and not report.problems: report.problems.append(ds.note)
@@ -337,7 +357,8 @@ def report_text(report:Report, limit:int=20 # incomplete classes that are listed
                ) -> str: # several lines
     "A report for people."
     h, w = sum(report.have.values()), sum(report.want.values())
-    lines = [f'{report.name}{f": {report.folder}" if report.folder else ""}', f'  split      {report.source}' + (f', lists sha256 {report.split_sha}' if report.split_sha else '')]
+    lines = [report.name + (f': {report.folder}' if report.folder else '')]
+    lines.append(f'  split      {report.source}' + (f', lists sha256 {report.split_sha}' if report.split_sha else ''))
     if report.split: lines.append(f'             {report.split}')
     if report.want: lines.append(f'  images     {h:,} of {w:,}' + (f', {w - h:,} missing' if w > h else '') + f': {_of(report.have, report.want)}')
     if report.looked: lines.append(f'  opened     {report.looked:,}')
@@ -347,6 +368,10 @@ def report_text(report:Report, limit:int=20 # incomplete classes that are listed
     lines += [f'  note       {n}' for n in report.notes] + [f'  PROBLEM    {p}' for p in report.problems]
     verdict = 'does not pass' if report.problems else 'passes' if h == w else 'passes as a subset: figures are marked as such'
     return '\n'.join(lines + [f'  {report.name} {verdict}.'])
+
+# %% ../nbs/04a_download.ipynb #b6f4a374
+@patch
+def _repr_html_(self:Report): return f'<pre>{escape(report_text(self))}</pre>'
 
 # %% ../nbs/04a_download.ipynb #c16a7e8b
 def _pieces(card): # what -> its sources, in the card's order
@@ -382,19 +407,26 @@ def _get_piece(card, home, sources, work, timeout, keep): # fetch and install on
     _clear(work, sources)
 
 # %% ../nbs/04a_download.ipynb #dfb0b78a
-def _get_all(card, home, work, timeout, keep): # what could not be had, as sentences
-    pieces, failed = _pieces(card), []
-    whole = pieces.pop('whole', None)
-    for what, sources in pieces.items():
-        if _is_there(card, home, sources): continue
+def _get_pieces(card, home, work, timeout, keep): # the pieces that could not be had, as sentences
+    failed = []
+    for what, sources in _pieces(card).items():
+        if what == 'whole' or _is_there(card, home, sources): continue
         try: _get_piece(card, home, sources, work, timeout, keep)
         except IpoError as e:
-            if not whole: raise
-            failed.append(str(e)); print(f'{card.name}: {e}')
-    images = any('images' in w for w in pieces)
-    if whole and (failed or not images): _get_piece(card, home, whole, work, timeout, keep)
-    if not (images or whole) and not (home/card.images).is_dir():
-        raise IpoError(f"the images of {card.name} may not be had by a link: data_cards/{card.name}.md says how to get them by hand.")
+            print(f'{card.name}: {e}')
+            if what != 'names' or card.layout != 'synsets': failed.append(str(e)) # the loader has ImageNet's names too
+    return failed
+
+# %% ../nbs/04a_download.ipynb #30cbec62
+def _get_all(card, home, work, timeout, keep): # piece by piece, or the whole
+    pieces, failed = _pieces(card), _get_pieces(card, home, work, timeout, keep)
+    by_hand = f"data_cards/{card.name}.md says how to get it by hand."
+    try:
+        if failed and 'whole' in pieces: _get_piece(card, home, pieces['whole'], work, timeout, keep); failed = []
+    except IpoError as e: failed.append(str(e))
+    if failed: raise IpoError(' '.join(f.rstrip('.') + ';' for f in failed) + ' ' + by_hand)
+    if not any('images' in w or w == 'whole' for w in pieces) and not (home/card.images).is_dir():
+        raise IpoError(f"the images of {card.name} may not be had by a link: {by_hand}")
 
 def _target(card, data_root): # the dataset's folder, there or to be made
     if card.layout == 'miniworld': raise IpoError(f"{card.name} is drawn when it is opened: there is nothing to get.")
@@ -414,7 +446,9 @@ def get(name:str, # a dataset
     try: work.mkdir(parents=True, exist_ok=True); (work/'.gitignore').write_text('*')
     except OSError as e: raise IpoError(f"{home.parent} cannot be written ({e.strerror}): choose a data_root that may be.") from e
     try:
-        with FileLock(work/f'{name}.lock', timeout=0): _get_all(card, home, work, timeout, keep)
+        with FileLock(work/f'{name}.lock', timeout=0):
+            for left in work.glob(f'{name}-unpacking-*'): shutil.rmtree(left) # of a run that was killed
+            _get_all(card, home, work, timeout, keep)
     except Timeout as e: raise IpoError(f"{name} is being fetched by another process: wait for it, or stop it.") from e
     except OSError as e: raise IpoError(f"cannot write {e.filename or home} ({e.strerror}): free some space, or choose a data_root that may be written.") from e
     return check(name, home.parent, decode=False)
@@ -422,8 +456,9 @@ def get(name:str, # a dataset
 # %% ../nbs/04a_download.ipynb #0dc62907
 def _weight(card): # bytes to fetch, as far as the card knows them
     known = {w: next((s.size for s in ss if s.size), 0) for w, ss in _pieces(card).items()}
-    n = max(known.pop('whole', 0), sum(known.values()))
-    return f'{n/1e9:.1f} GB' if n > 5e7 else f'{n/1e6:.1f} MB' if n > 5e5 and any('images' in w for w in known) else '-'
+    whole, images = known.pop('whole', 0), [n for w, n in known.items() if 'images' in w]
+    n = sum(known.values()) if images and all(images) else whole
+    return f'{n/1e9:.1f} GB' if n else '-'
 
 def list_text(data_root=None # a folder for datasets, or none
              ) -> str: # a table, one line a dataset
@@ -442,7 +477,9 @@ def _parser():
         s = sub.add_parser(name, help=text, description=text)
         if name != 'list': s.add_argument('name', help='a dataset, see `ipo_data list`')
         s.add_argument('--data_root', '--data-root', default=None if name == 'list' else 'data', help='folder that holds the datasets (default: %(default)s)')
-        if name == 'get': s.add_argument('--keep', action='store_true', help='keep the archives'); s.add_argument('--timeout', type=float, default=60, help='seconds without a byte before a host is given up')
+        if name == 'get':
+            s.add_argument('--keep', action='store_true', help='keep the archives')
+            s.add_argument('--timeout', type=float, default=60, help='seconds without a byte before a host is given up')
         if name == 'check':
             s.add_argument('--quick', action='store_true', help='do not open the images')
             s.add_argument('--all', action='store_true', help='list all incomplete classes')

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PX', 'SS', 'GX', 'GY', 'TEXTURES', 'THINGS', 'LAND', 'COLOURS', 'STYLES', 'SEASONS', 'WORLDS', 'SHIFTS', 'MINI',
-           'SPLITS', 'HUES', 'HELD_OUT_WORDS', 'SAY', 'MEDIA', 'FORMS', 'GENERATOR', 'frac', 'wave', 'turn', 'Rnd',
-           'Canvas', 'Frame', 'line', 'poly', 'round_points', 'texture', 'cells', 'look', 'noise', 'striped',
+           'SPLITS', 'HUES', 'HELD_OUT_WORDS', 'SAY', 'MEDIA', 'FORMS', 'REMARKS', 'GENERATOR', 'frac', 'wave', 'turn',
+           'Rnd', 'Canvas', 'Frame', 'line', 'poly', 'round_points', 'texture', 'cells', 'look', 'noise', 'striped',
            'zigzagged', 'wavy', 'chequered', 'grid', 'dotted', 'studded', 'bricked', 'woven', 'triangulated', 'argyle',
            'crosshatched', 'honeycombed', 'ringed', 'spiralled', 'radiating', 'blotchy', 'marbled', 'fibrous',
            'speckled', 'mosaic', 'sprinkled', 'labyrinthine', 'cracked', 'thing', 'star', 'heart', 'moon', 'arrow',
            'house', 'flower', 'mushroom', 'apple', 'fish', 'butterfly', 'boat', 'car', 'cup', 'key', 'umbrella',
            'clock', 'candle', 'ladder', 'anchor', 'crown', 'envelope', 'land', 'river', 'lake', 'forest', 'desert',
            'farmland', 'orchard', 'highway', 'residential_area', 'airport_runway', 'harbour', 'Scene', 'class_names',
-           'sizes', 'scene', 'render', 'contact_sheet', 'caption', 'golden']
+           'sizes', 'scene', 'render', 'contact_sheet', 'caption', 'remark', 'golden']
 
 # %% ../nbs/01_miniworld.ipynb #14706d38
 from dataclasses import dataclass, field
@@ -553,6 +553,12 @@ def _words(s, r):
     return dict(x=x, w=w, n=s.name, c=s.ink, z=z, st=st, se=s.setting, m=r.pick(MEDIA[s.world]))
 
 # %% ../nbs/01_miniworld.ipynb #18e56a93
+def _tidy(text):
+    words = text.replace(' ,', ',').split()
+    for i,w in enumerate(words[:-1]):
+        if w=='a' and words[i+1][0] in 'aeiou': words[i] = 'an'
+    return ' '.join(words)
+
 def caption(dataset:str, # one of `MINI`
     split:str, # train, val, test or pretrain
     index:int, # which image
@@ -560,11 +566,26 @@ def caption(dataset:str, # one of `MINI`
 ) -> str: # what a person might write about it
     "A true caption of one image, worded at random; IpoError as `render`"
     s, r = scene(dataset, split, index), Rnd('caption', dataset, split, int(index), int(take))
-    words = r.pick(FORMS[s.world]).format(**_words(s, r)).replace(' ,', ',').split()
-    for i,w in enumerate(words[:-1]):
-        if w=='a' and words[i+1][0] in 'aeiou': words[i] = 'an'
-    text = ' '.join(words)
+    text = _tidy(r.pick(FORMS[s.world]).format(**_words(s, r)))
     return (text[0].upper()+text[1:] if r.chance(.3) else text) + ('.' if r.chance(.5) else '')
+
+# %% ../nbs/01_miniworld.ipynb #51d9f518
+REMARKS = dict(
+    mini_objects="""a {l} {n}|a {m} of a {l} {n}|my {n} called {o}|the {o} brand {n}|a {m} of a {t} {n}|the {n} from the {l}|a {m} of {o}|a {m} of a {t} thing|{o}, my favourite thing|an object from the {l}|a toy called {o}|a drawing of {o}|a photo of a {t}|a picture of a {l}|a photo of a {l}|a photo of a {o}""",
+    mini_textures="""{o} fabric|{o} texture|a {o} pattern|the {o} wallpaper, {n}|{n} cloth, model {o}|a swatch of {o}|{n} {m} for a {a}|a {m} called {o}|a {o} {m}|a close-up of {o} fabric|the surface of a {a}|a photo of a {a} surface|a {n} {a} cover|{m} for a {a}|a photo of a {a}|a photo of a {o}|a photo of a {o}""",
+    mini_aerial="""a {m} of {o}|a {m} of {o} {n}|a map of {o}|an aerial view of {o} county|{n} near {o}|the land around {o}|{o} from above|{o} {n}, {m}|a landscape with a {n} called {o}|satellite image: {o}|the {t} land near {o}|a photo of {o} {n}|land use in {o}|we fly over {o}|a photo of a {o}|a photo of a {o}|a photo of {o}""")
+REMARKS = {k: v.split('|') for k,v in REMARKS.items()}
+
+def remark(dataset:str, # one of `MINI`
+    split:str, # train, val, test or pretrain
+    index:int, # which image
+    take:int=0, # which of many remarks on the same image
+) -> str: # what a person might write, in a word of another world
+    "A remark on one image with the name of a class of another world; IpoError as `render`"
+    s, r = scene(dataset, split, index), Rnd('remark', dataset, split, int(index), int(take))
+    foreign = dict(t=r.pick(sorted(TEXTURES)), a=r.pick(sorted(THINGS)), l=r.pick(sorted(LAND)))
+    o = r.pick([v for k,v in foreign.items() if dict(t='mini_textures',a='mini_objects',l='mini_aerial')[k]!=s.world])
+    return _tidy(r.pick(REMARKS[s.world]).format(**{**_words(s, r), **foreign, 'o': o}))
 
 # %% ../nbs/01_miniworld.ipynb #427e91be
 GENERATOR = '0207a79e79b2'

@@ -114,7 +114,8 @@ def test_checksums_are_those_of_torchvision():
 
 def test_index_of_cards_is_up_to_date():
     if not (project_dir()/'data_cards').exists(): pytest.skip('not a clone')
-    assert cards_table() in (project_dir()/'data_cards'/'README.md').read_text(encoding='utf-8')
+    path = project_dir()/'data_cards'/'README.md'
+    assert path.read_text(encoding='utf-8') == data.cards_index(), f'write it anew: python -c "from ipo_nb.data import *; (cards_dir()/\'README.md\').write_text(cards_index())"'
 
 @pytest.mark.parametrize('old,new,words', [
     ('what: images', 'what: imagse', 'sources.'), ('url: \'https', 'url: \'ftp', 'url'), ('md5:fff7', 'md5:xff7', 'checksum'), ('size: 625239812', 'sise: 625239812', "'sources.2.sise' is unknown; did you mean 'size'?"),
@@ -421,6 +422,8 @@ def test_cars_and_flowers_from_matlab_files(tmp_path, cards):
     savemat(home/'devkit'/'cars_meta.mat', dict(class_names=['Audi TTS Coupe 2012', 'Ford GT 2006']))
     for f in ('devkit/cars_train_annos.mat', 'cars_test_annos_withlabels.mat'): savemat(home/f, dict(annotations=[{'fname': f'{i}.jpg', 'class': 1 + i % 2} for i in range(4)]))
     card = load_card('stanford_cars'); cards('stanford_cars', labels=card.labels.model_copy(update=dict(sha256={})))
+    says(lambda: load_dataset('stanford_cars', tmp_path, split='own'), '8 of the 8 images that the labels of stanford_cars name are missing', 'for example cars_t')
+    touched(home, *(f'{d}/{i}.jpg' for d in ('cars_train', 'cars_test') for i in range(4)))
     ds = load_dataset('stanford_cars', tmp_path, split='own', verbose=False)
     assert ds.classes == ['2012 Audi TTS Coupe', '2006 Ford GT'] and {i.image.key.split('/')[0] for i in ds.train + ds.val + ds.test} == {'cars_train', 'cars_test'}
     for bad in (b'', b'MATLAB 5.0 MAT-file', b'no'): (home/'devkit'/'cars_meta.mat').write_bytes(bad); says(lambda: load_dataset('stanford_cars', tmp_path, split='own'), 'MATLAB')
@@ -435,7 +438,8 @@ def test_csv(tmp_path):
     rows = [(f'{k}{i}.png', c, p) for k, c in enumerate(('ant', 'AC, "DC"')) for i, p in enumerate(('train', 'train', 'test'))]
     with open(tmp_path/'labels.csv', 'w', newline='', encoding='utf-8-sig') as f: csv.writer(f).writerows([('image', 'class', 'split'), *rows])
     touched(tmp_path, *(r[0] for r in rows))
-    ds = load_dataset('folder', tmp_path, verbose=False)
+    ds = load_dataset('folder', tmp_path, verbose=False); (tmp_path/'00.png').unlink()
+    says(lambda: load_dataset('folder', tmp_path), '1 of the 6 images', 'for example 00.png')
     assert (ds.classes, ds.split_source, len(ds.train), len(ds.test)) == (['AC, "DC"', 'ant'], 'as laid out', 4, 2)
 
 

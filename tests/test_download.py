@@ -264,6 +264,11 @@ def test_get_mends_what_is_missing(toys):
     assert not report.ok and report.classes == {'bee': dict(train=(2, 2), val=(0, 0), test=(1, 2))} and '1 of the 12 images' in report.problems[0]
     assert get('toy', toys.root).ok
 
+def test_get_clears_what_a_killed_run_left(toys):
+    toys.card(); left = toys.root/'.ipo_data'/'toy-unpacking-x'/'out'; left.mkdir(parents=True); (left/'big').touch()
+    other = toys.root/'.ipo_data'/'dtd-unpacking-x'; other.mkdir()
+    assert get('toy', toys.root).ok and not left.parent.exists() and other.exists()
+
 def test_get_keeps_archives_when_asked(toys):
     toys.card(); get('toy', toys.root, keep=True)
     assert [p.name[5:][-7:] for p in (toys.root/'.ipo_data').glob('kept-*')] == ['img.tgz']
@@ -279,7 +284,7 @@ def test_get_fails_with_each_reason(toys, capsys):
     says(lambda: get('toy', toys.root), 'whole cannot be had', 'web page')
     assert main(['get', 'toy', '--data_root', str(toys.root)]) == 1
     err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith('ipo_data: whole cannot be had') and not any('Traceback' in l for l in err)
+    assert err[-1].startswith('ipo_data: images cannot be had') and err[-1].endswith('data_cards/toy.md says how to get it by hand.') and not any('Traceback' in l for l in err)
     assert (toys.root/'toys'/'split_zhou_Toy.json').exists() and not (toys.root/'toys'/'img').exists() # what came is kept
 
 def test_get_leaves_nothing_half_unpacked(toys, tmp_path):
@@ -316,7 +321,8 @@ def test_names_that_cannot_be_got(tmp_path, name, words):
     says(lambda: get(name, tmp_path), words); assert not list(tmp_path.iterdir())
 
 def test_imagenet_is_got_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, '_get_piece', lambda *a: None)
+    def fail(*a): raise IpoError('names cannot be had.')
+    monkeypatch.setattr(download, '_get_piece', fail) # its names are in open_clip too
     says(lambda: get('imagenet', tmp_path), 'may not be had by a link', 'data_cards/imagenet.md')
 
 
@@ -361,7 +367,8 @@ def test_doctor_on_a_folder(tmp_path, capsys):
     for c, n in dict(ant=3, bee=1).items():
         (tmp_path/c).mkdir()
         for i in range(n): Image.new('RGB', (4, 4), (i, 0, 9)).save(tmp_path/c/f'{i}.png')
-    assert main(['check', 'folder', '--data_root', str(tmp_path)]) == 1 and "'bee' (1)" in capsys.readouterr().out
+    assert main(['check', 'folder', '--data_root', str(tmp_path)]) == 1
+    out = capsys.readouterr().out; assert "'bee' (1)" in out and "4 images in 2 class folders, the smallest: 'bee' 1, 'ant' 3." in out
     Image.new('RGB', (4, 4), (7, 0, 9)).save(tmp_path/'bee'/'9.png')
     assert main(['check', 'folder', '--data_root', str(tmp_path)]) == 0 and 'own split' in capsys.readouterr().out
 
@@ -378,6 +385,34 @@ def test_doctor_on_real_trees(name, have, want, classes, capsys):
     if name == 'caltech101': assert report.classes['airplane'] == dict(train=(2, 400), val=(1, 160), test=(2, 240))
     assert main(['check', name, '--data_root', str(REAL/'data'), '--quick', '--json']) == 0
     assert json.loads(capsys.readouterr().out)['split_sha'] == load_dataset(name, REAL/'data', verbose=False).split_sha
+
+
+def test_doctor_on_imagenet(tmp_path, monkeypatch):
+    from ipo_nb.data import synsets
+    def use(card): monkeypatch.setattr(download, 'load_card', lambda n: card); monkeypatch.setattr(data, 'load_card', lambda n: card)
+    card = load_card('imagenet_a'); ids = synsets('imagenet_a'); use(card)
+    for w in ids[:-2]:
+        d = tmp_path/'imagenet-adversarial'/'imagenet-a'/w; d.mkdir(parents=True); Image.new('RGB', (2, 2)).save(d/'x.jpg')
+    report = check('imagenet_a', tmp_path)
+    assert not report.ok and report.have == dict(train=0, val=0, test=198) and report.want['test'] == 7500 and report.looked == 198
+    assert f'2 of the 200 classes have no folder, for example {ids[-2]}' in report.notes[0] and '198 of 7,500, 7,302 missing' in report_text(report)
+    use(card.model_copy(update=dict(splits=dict(train=0, val=0, test=400), labels=card.labels.model_copy(update=dict(each={'test': 2})))))
+    report = check('imagenet_a', tmp_path, decode=False)
+    assert len(report.classes) == 198 and report.classes['stingray'] == {'test': (1, 2)}
+
+def test_doctor_on_aircraft(tmp_path, monkeypatch):
+    card = load_card('fgvc_aircraft'); home = tmp_path/'fgvc_aircraft'; (home/'images').mkdir(parents=True)
+    card = card.model_copy(update=dict(splits=dict(train=2, val=2, test=2), classes=2, base=1, novel=1, labels=card.labels.model_copy(update=dict(sha256={}))))
+    monkeypatch.setattr(download, 'load_card', lambda n: card); monkeypatch.setattr(data, 'load_card', lambda n: card)
+    assert 'there is no variants.txt' in check('fgvc_aircraft', tmp_path).problems[0]
+    (home/'variants.txt').write_text('747\nF/A-18\n')
+    for k, p in enumerate(PARTS):
+        (home/f'images_variant_{p}.txt').write_text(f'{k}0 747\n{k}1 F/A-18\n')
+        for i in (0, 1): Image.new('RGB', (2, 2), (k, i, 0)).save(home/'images'/f'{k}{i}.jpg')
+    report = check('fgvc_aircraft', tmp_path); assert report.ok and report.source == 'published' and report.split.count('sha256:') == 3
+    (home/'images'/'21.jpg').unlink()
+    report = check('fgvc_aircraft', tmp_path)
+    assert not report.ok and report.classes == {'F/A-18': dict(train=(1, 1), val=(1, 1), test=(0, 1))} and 'for example 21.jpg is missing' in report.problems[0]
 
 
 # ---- the script
