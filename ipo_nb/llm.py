@@ -513,7 +513,7 @@ def _reply(r, key):
     text, note = str(text).encode(errors='replace').decode().replace(key, '***'), str(getattr(choice, 'finish_reason', None) or 'no choices')
     if len(text) > _MOST: note = f'cut: {len(text)} characters'
     elif refusal: note = 'refused: ' + ' '.join(str(refusal).encode(errors='replace').decode().replace(key, '***').split())[:160]
-    elif text and note == 'stop': note = ''
+    elif note == 'stop': note = '' if text else 'an empty answer'
     return Reply(text[:_MOST], _count(getattr(usage, 'prompt_tokens', 0)), _count(getattr(usage, 'completion_tokens', 0)), note, 1)
 
 # %% ../nbs/02_llm.ipynb #f75d8495

@@ -151,9 +151,9 @@ def _useful(line): return any(c['status'] == 'accepted' for c in line['candidate
 
 def _trouble(line):
     "What was wrong with a step that found nothing, in words."
-    notes = [r['note'] or 'an answer without a prompt' for r in line['replies'] if not r['text'].strip()]
+    notes = [r['note'] or 'an empty answer' for r in line['replies'] if not r['text'].strip()]
     kinds = notes or [c['status'] for c in line['candidates']] or ['no candidates']
-    return ('empty answers: ' if notes else 'mostly: ') + Counter(kinds).most_common(1)[0][0]
+    return ('nothing was answered: ' if notes else 'mostly: ') + Counter(kinds).most_common(1)[0][0]
 
 @patch
 def _remember(self:Search, s):
@@ -210,7 +210,7 @@ def run(self:Search, desc='search', # in front of the bar
     with progress(total=total, desc=desc, initial=self.spent.steps, unit='step') as bar:
         while not (why := stop_reason(self.rules, self.spent)):
             try: self.take_step()
-            except IpoError as e: raise type(e)(f'{str(e).rstrip(".")}; {self.spent.steps} finished steps are kept, and the same command goes on from there.') from None
+            except IpoError as e: raise type(e)(f'{str(e).rstrip(".")}; the steps so far ({self.spent.steps}) are kept, and the same command goes on from there.') from None
             money = f', cost {self.spent.cost:.4g}' if any(self.prices) else ''
             bar.set_postfix_str(f'best {self.best.accuracy:.1f} %, loss {self.best.loss:.3f}, {self.spent.calls} calls, {self.spent.tokens} tokens{money}', refresh=False)
             bar.update()
