@@ -1,12 +1,17 @@
 """kill -9 at random moments, inside journal writes too: the finished search is the uninterrupted one, and no call is paid twice but the one in flight."""
-import json, os, random, resource, signal, time
+import json, os, random, resource, signal, threading, time
 from collections import Counter
 from pathlib import Path
 import pytest
-from ipo_nb import llm as L, optimizer as O
+from ipo_nb import core, llm as L, optimizer as O
 from ipo_nb.core import IpoError, Score, append_jsonl, read_jsonl, sha
 
 STEPS = 12
+
+@pytest.fixture(scope='module', autouse=True)
+def no_shared_lock():
+    "tqdm shares a lock between forked processes, which a killed child would keep for ever: an accident of these tests only."
+    core.tqdm.monitor_interval = 0; core.tqdm.set_lock(threading.RLock())
 
 def search(folder, pace=.004):
     "A search whose optimizer writes each paid call into a list of its own, as a server would."
