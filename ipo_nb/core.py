@@ -120,6 +120,7 @@ class Reply:
     tokens_in:int=0  # tokens read
     tokens_out:int=0 # tokens written
     note:str=''      # what was unusual, in words
+    calls:int=0      # requests that it took; 0: it is part of another reply
 
 # %% ../nbs/00_core.ipynb #73bb3ded
 STATUSES = ('accepted', 'duplicate', 'no placeholder', 'two placeholders', 'too long', 'names a class', 'empty')
@@ -168,10 +169,17 @@ class RunConfig(BaseModel):
     llm:str = 'smollm2'                       # optimizer specification
     captioner:str = 'clip'                    # captioner specification
     temperature:Annotated[float, Field(ge=0, le=2)] = 1. # sampling temperature of the optimizer
+    top_p:Annotated[float, Field(gt=0, le=1)]|None = None # nucleus sampling of the optimizer; None: the back end's own
+    reply_tokens:Positive|None = None         # limit of one reply; None: enough for the prompts asked for
+    timeout:Annotated[float, Field(gt=0)] = 60. # seconds that an endpoint may take for one answer
     patience:Count = 0                        # stop after so many steps without a better prompt; 0: never
     max_calls:Count = 0                       # stop after so many optimizer calls; 0: no limit
     max_tokens:Count = 0                      # stop after so many optimizer tokens; 0: no limit
     max_seconds:Annotated[float, Field(ge=0)] = 0. # stop after so many seconds of search; 0: no limit
+    max_cost:Annotated[float, Field(ge=0)] = 0. # stop after so much money for the optimizer, in the currency of the prices; 0: no limit
+    price_in:Annotated[float, Field(ge=0)] = 0. # price of a million tokens read
+    price_out:Annotated[float, Field(ge=0)] = 0. # price of a million tokens written
+    remote_code:bool = False                  # may captioner hf:MODEL@REVISION run code that comes with the model?
     control:bool = True                       # also run the random control at the same budget
     device:Literal['auto', 'cpu', 'cuda'] = 'auto' # where CLIP runs
     precision:Literal['auto', 'fp32', 'fp16', 'bf16'] = 'auto' # CLIP's arithmetic
@@ -194,7 +202,7 @@ def run_id(config:RunConfig, # validated and with nothing left open
            data_sha:str      # hash of the split and the few-shot sample that are used
           ) -> str: # 12 hexadecimal digits
     "The name of a run: a hash of what defines its result."
-    return sha(config.model_dump(exclude={'data_root', 'few_shot_index', 'out_dir', 'device'}), data_sha)[:12]
+    return sha(config.model_dump(exclude={'data_root', 'few_shot_index', 'out_dir', 'device', 'timeout'}), data_sha)[:12]
 
 # %% ../nbs/00_core.ipynb #d031b30f
 def _disk_error(e, path):

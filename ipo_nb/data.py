@@ -222,7 +222,7 @@ def clean_name(name:str, # a label or a folder name
 PARTS = ('train', 'val', 'test')
 SPLIT_SOURCES = ('published', 'subset', 'own split', 'file', 'as laid out', 'generated')
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     "A loaded dataset: its card, its classes in the order of their labels, and three lists of items."
     card:Card; classes:list; train:list; val:list; test:list
@@ -234,6 +234,7 @@ class Dataset:
     def split_sha(self): return items_sha(self.train, self.val, self.test)
     @property
     def name(self): return self.card.name
+    def __repr__(self): return f'Dataset({self.name}: {len(self.classes)} classes, {len(self.train)} train, {len(self.val)} val, {len(self.test)} test)'
 
 # %% ../nbs/04_data.ipynb #b7c8792b
 def halves(ds:Dataset # with two classes or more

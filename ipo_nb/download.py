@@ -500,4 +500,5 @@ def main(argv=None # arguments; those of the command line where left out
     a = _parser().parse_args(argv)
     try: return 0 if _run(a) else 1
     except IpoError as e: print(f'ipo_data: {e}', file=sys.stderr); return 1
+    except BrokenPipeError: sys.stderr.close(); return 0 # `ipo_data list | head`
     except KeyboardInterrupt: print('ipo_data: stopped; the same command goes on from here.', file=sys.stderr); return 130

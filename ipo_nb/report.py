@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FORMAT', 'COLOURS', 'STYLE', 'Record', 'load_record', 'scored', 'best_so_far', 'made_up_record', 'safe', 'Table',
            'summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'transfer_table',
-           'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table', 'colour', 'Picture',
-           'picture', 'gallery', 'trajectory', 'comparison', 'words_figure', 'headline', 'parts', 'meta_prompt_html',
-           'report_markdown', 'report_html', 'figures', 'tables', 'write_report']
+           'cost_table', 'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table',
+           'colour', 'Picture', 'picture', 'gallery', 'trajectory', 'comparison', 'words_figure', 'headline', 'parts',
+           'meta_prompt_html', 'report_markdown', 'report_html', 'figures', 'tables', 'write_report']
 
 # %% ../nbs/10_report.ipynb #dd29d14e
 import base64, csv, io, json
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from html import escape
@@ -221,13 +222,28 @@ def transfer_table(record:Record) -> Table: # a row for each target; empty where
 def _moved(record): return [transfer_table(record)] if record.result.get('transfer') else []
 
 # %% ../nbs/10_report.ipynb #56b83ad4
+def cost_table(record:Record) -> Table: # a row for each role
+    "What was spent, and how often the captioner named a class."
+    rows = [dict(role=role) | {k: c.get(k, '') for k in ('calls', 'tokens_in', 'tokens_out', 'cost', 'asked_again', 'masked')}
+            for role, c in sorted(record.result.get('cost', {}).items(), reverse=True)]
+    return Table('cost', 'What was spent; descriptions that named their class were asked for again, and what still leaked was masked', rows, digits=4)
+
+def answers_table(record:Record) -> Table: # a row for each kind of unusual answer
+    "What was unusual in the optimizer's answers."
+    notes = Counter(r['note'] for l in record.history for r in l.get('replies', ()) if r.get('note'))
+    rows = [dict(note=note, answers=k) for note, k in notes.most_common(20)]
+    shortened = (record.result['search'] or {}).get('shortened')
+    if shortened: rows.append(dict(note=f'messages did not fit the context: {shortened}', answers=sum('shortened' in l for l in record.history)))
+    return Table('answers', 'Unusual answers of the optimizer', rows, ('note',))
+
+# %% ../nbs/10_report.ipynb #454cf772
 def memory_tables(record:Record) -> list: # a `Table` for each step that the record shows
     "The memory at the first, middle and last step."
     return [Table(f"memory_step_{s['step']}", f"Memory at step {s['step']}, worst first", _columns(s['memory'], 'step accuracy loss prompt')) for s in record.result['shown']]
 
 def descriptions_table(record:Record) -> Table: # a row for each few-shot image
     "What the language model was told about the images."
-    return Table('descriptions', 'Descriptions of the few-shot images', [{'class': d['name'], 'description': d['text'], 'image': d['key']} for d in record.result.get('descriptions', [])])
+    return Table('descriptions', 'Descriptions of the few-shot images', [{'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ())), 'image': d['key']} for d in record.result.get('descriptions', [])])
 
 def candidates_table(record:Record) -> Table: # a row for each proposal, in order
     "Everything that was proposed, scored or not."
@@ -493,7 +509,7 @@ def parts(record:Record # a run
         ('table', summary_table(record)), *[('table', t) for t in _moved(record)], fig('comparison', 'Base, novel and H with 95 % intervals'),
         ('h2', 'Should it be believed?'), ('table', signatures_table(record)), ('table', paired_table(record)),
         ('h2', 'Which words did the work?'), fig('word_importance', 'Change of H when words are left out'), ('table', words_table(record)),
-        ('h2', 'How it was found'), fig('trajectory', 'Few-shot accuracy and loss over the steps'), ('table', search_table(record)),
+        ('h2', 'How it was found'), fig('trajectory', 'Few-shot accuracy and loss over the steps'), ('table', search_table(record)), ('table', answers_table(record)), ('table', cost_table(record)),
         *[('table', t) for t in memory_tables(record)], ('h2', 'What the language model read'), *_meta_parts(record),
         ('h2', 'The images'), fig('gallery', 'Few-shot images of the base classes'), *described, ('h2', 'Settings, data, versions'), ('table', _facts(record))]
 
@@ -544,7 +560,7 @@ def figures(record:Record,   # a run
 
 def tables(record:Record) -> list: # every `Table` of a run
     "The tables that are written to files."
-    return [summary_table(record), scores_table(record), paired_table(record), words_table(record), search_table(record), *memory_tables(record),
+    return [summary_table(record), scores_table(record), paired_table(record), words_table(record), search_table(record), answers_table(record), cost_table(record), *memory_tables(record),
             descriptions_table(record), signatures_table(record), candidates_table(record), _facts(record)]
 
 def write_report(record:Record,    # a run

@@ -58,7 +58,7 @@ def answer(text):
 
 def test_endpoint(server, tmp_path):
     server.plan = [answer('A lake.'), answer('A blue oval.'), answer('The sea.'), answer('Still the seas.'), (500, 'text/plain', 'x')]
-    cap = load_captioner(server.spec, names=EUROSAT)
+    cap = load_captioner(server.spec, names=EUROSAT, at_once=1)
     got = cap([Img('a'), Img('b')])
     assert [(d.text, d.flags) for d in got] == [('A blue oval.', ('asked again',)), ('Still the something.', ('asked again', 'masked'))]
     assert load_captioner(server.spec, names=EUROSAT)([Img('a'), Img('b')]) == got and len(server.got) == 4 # the second time from the cache

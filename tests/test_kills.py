@@ -1,0 +1,87 @@
+"""kill -9 at random moments, inside journal writes too: the finished search is the uninterrupted one, and no call is paid twice but the one in flight."""
+import json, os, random, resource, signal, threading, time
+from collections import Counter
+from pathlib import Path
+import pytest
+from ipo_nb import core, llm as L, optimizer as O
+from ipo_nb.core import IpoError, Score, append_jsonl, read_jsonl, sha
+
+STEPS = 12
+
+@pytest.fixture(scope='module', autouse=True)
+def no_shared_lock():
+    "tqdm shares a lock between forked processes, which a killed child would keep for ever: an accident of these tests only."
+    core.tqdm.monitor_interval = 0; core.tqdm.set_lock(threading.RLock())
+
+def search(folder, pace=.004):
+    "A search whose optimizer writes each paid call into a list of its own, as a server would."
+    def answers(message):
+        with open(folder/'paid', 'a') as f: f.write(sha(message)[:16] + '\n')
+        time.sleep(pace*random.random())
+        rng = random.Random(message)
+        return [f"<INS>{' '.join(rng.choices('warm cold old new red plain soft'.split(), k=4))} <CLASS>.</INS>" for _ in range(3)]
+    def score(prompts): time.sleep(pace*random.random()); return [Score.make(10/len(p), len(set(p))) for p in prompts]
+    llm = L.Recorded(L.load_llm('mock', answers=answers), L.Calls(folder/'calls.jsonl'))
+    return O.Search(llm, score, folder/'history.jsonl', ['river'], ['green and brown'], rules=[O.after('steps', STEPS)], candidates=3)
+
+def result(s, why): return json.dumps([s.summary(why), s.shown(), [(p, x.loss, x.accuracy, x.step) for p, x in s.scored.items()]]).encode()
+
+def child(folder, limit=None):
+    "Run the search in a child that ends with os._exit, or by a signal; at most `limit` bytes fit into a file."
+    if pid := os.fork(): return pid
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2); random.seed(os.getpid())
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL) # the write that goes beyond the limit is cut there and kills
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try: search(folder).run(); os._exit(0)
+    except BaseException: os._exit(1)
+
+def check(folder, whole, kills):
+    s = search(folder, 0)
+    assert result(s, s.run()) == whole
+    assert all(json.loads(l) for l in (folder/'history.jsonl').read_text().splitlines())
+    paid = Counter((folder/'paid').read_text().split())
+    assert len(paid) == STEPS and sum(paid.values()) <= STEPS + kills # a kill costs no more than the call in flight
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole')
+    s = search(folder, 0)
+    return result(s, s.run()), (folder/'history.jsonl').read_bytes(), (folder/'calls.jsonl').read_bytes()
+
+def test_killed_at_random_moments(tmp_path, whole):
+    rng, kills, rounds = random.Random(4), 0, 0
+    while kills < 40:
+        folder, mine, rounds = tmp_path/str(rounds), 0, rounds + 1
+        folder.mkdir()
+        for _ in range(8): # up to eight kills of one and the same search
+            pid = child(folder); time.sleep(rng.uniform(.002, .08))
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            mine += os.WIFSIGNALED(status)
+            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+            if not os.WIFSIGNALED(status): break
+        check(folder, whole[0], mine); kills += mine
+    assert kills >= 40
+
+def test_killed_inside_a_write(tmp_path, whole):
+    rng, longest = random.Random(5), max(map(len, whole[1:]))
+    for i in range(30):
+        folder = tmp_path/str(i); folder.mkdir()
+        status = os.waitpid(child(folder, rng.randrange(1, longest)), 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXFSZ
+        check(folder, whole[0], 1)
+
+def test_cut_at_every_byte_of_the_last_lines(tmp_path, whole):
+    "Whatever a kill leaves of the two journals, what follows is the same."
+    lines = [b.splitlines(keepends=True) for b in whole[1:]]
+    for cut in range(0, len(lines[0][-1]), 40):
+        for name, ls in zip(('history.jsonl', 'calls.jsonl'), lines): (tmp_path/name).write_bytes(b''.join(ls[:-1]) + ls[-1][:cut])
+        (tmp_path/'paid').write_text('')
+        s = search(tmp_path, 0)
+        assert result(s, s.run()) == whole[0] and len((tmp_path/'paid').read_text().split()) <= 1
+
+def test_a_journal_of_another_configuration(tmp_path, whole):
+    (tmp_path/'history.jsonl').write_bytes(whole[1])
+    s = search(tmp_path, 0)
+    with pytest.raises(IpoError, match='another configuration'): O.Search(s.llm, s.score, s.journal, ['river'], ['blue and white'], candidates=3)
