@@ -159,6 +159,7 @@ class RunConfig(BaseModel):
     data_root:str|None = None                 # folder that holds the datasets
     split:str = 'auto'                        # auto, published, subset, own, or a JSON file in CoOp's form
     few_shot_index:str|None = None            # a published few-shot list, instead of the seed's own sample
+    transfer:str|None = None                  # datasets, separated by commas, or 'shifts': where the prompts are scored too
     clip:str = 'ViT-B-16/openai'              # CLIP specification
     shots:Positive = 1                        # few-shot images a class
     seed:Count = 1                            # few-shot sample and sampling of the optimizer

@@ -164,7 +164,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombEr
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
-    "An image file. `sha` and `open` raise `IpoError` naming a file that is missing, empty or damaged."
+    "An image file. `sha`, `stamp` and `open` raise `IpoError` naming a file that is missing, empty or damaged."
     path:str # where the file is
     key:str  # its path in the split, the same on each machine
 
@@ -172,6 +172,10 @@ class FileImage:
         try: return Path(self.path).read_bytes()
         except OSError as e: raise IpoError(f"the image {self.path} cannot be read ({e.strerror}): restore the file.") from e
     def sha(self): return hashlib.sha256(self._bytes()).hexdigest()
+    def stamp(self): # path, bytes, nanoseconds: changes with the file, and costs no reading
+        try: s = os.stat(self.path)
+        except OSError as e: raise IpoError(f"the image {self.path} cannot be read ({e.strerror}): restore the file.") from e
+        return os.path.abspath(self.path), s.st_size, s.st_mtime_ns
     def open(self):
         b = self._bytes()
         try:

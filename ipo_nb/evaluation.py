@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEP_SPREAD', 'accuracy', 'harmonic_mean', 'interval', 'interval_h', 'paired_test', 'pack_bits', 'unpack_bits',
-           'Evaluation', 'make_evaluation', 'Half', 'evaluate', 'compare', 'compare_all', 'Part', 'leave_one_out',
-           'word_importance', 'odd_words', 'unreadable', 'named_classes', 'step_means', 'signatures']
+           'Evaluation', 'make_evaluation', 'Half', 'evaluate', 'compare', 'compare_all', 'transfer', 'transfer_means',
+           'Part', 'leave_one_out', 'word_importance', 'odd_words', 'unreadable', 'named_classes', 'step_means',
+           'signatures']
 
 # %% ../nbs/08_evaluation.ipynb #ddd23fde
 import gzip, re
@@ -157,6 +158,34 @@ def compare_all(methods:list # evaluations, the one of interest first
                ) -> list: # rows of `compare` for the first against each of the others
     "The chosen prompt against everything else."
     return [row for m in methods[1:] for row in compare(methods[0], m)]
+
+# %% ../nbs/08_evaluation.ipynb #5bc0699d
+def _row(dataset, method='', prompt='', correct=(), classes=0, skipped='', seed=0): # of a transfer
+    scored = dict(accuracy=accuracy(correct), interval=interval(correct, seed=seed)) if len(correct) else dict(accuracy=None, interval=None)
+    return dict(dataset=dataset, method=method, prompt=prompt, **scored, n=len(correct), classes=classes, skipped=skipped)
+
+def transfer(clip,         # a model of the scorer
+             prompts:dict, # name of a method -> its prompt
+             targets,      # pairs of a dataset's name and its `Half` with all classes, or the reason why there is none
+             seed:int=0,   # of the bootstrap
+             predict=None  # as in `evaluate`
+            ) -> list: # rows: dataset, method, prompt, accuracy, interval, n images, classes, and why it was skipped
+    "Prompts on other datasets (the paper's table 9) and on shifted versions. A prompt too long for a target's names is skipped there."
+    rows = []
+    for dataset, t in targets:
+        if isinstance(t, str): rows.append(_row(dataset, skipped=t)); continue
+        for method, p in prompts.items():
+            try: rows.append(_row(dataset, method, p, _correct(clip, [p], t, predict)[0], len(t.names), seed=seed))
+            except IpoError as e: rows.append(_row(dataset, method, p, classes=len(t.names), skipped=str(e)))
+    return rows
+
+# %% ../nbs/08_evaluation.ipynb #d02b2d40
+def transfer_means(rows:list # of `transfer`
+                  ) -> dict: # method -> mean accuracy over the targets that all methods have
+    "The last column of the paper's table 9."
+    gaps = {r['dataset'] for r in rows if r['skipped']}
+    whole = [r for r in rows if r['dataset'] not in gaps]
+    return {m: round(float(np.mean([r['accuracy'] for r in whole if r['method'] == m])), 4) for m in dict.fromkeys(r['method'] for r in whole)}
 
 # %% ../nbs/08_evaluation.ipynb #edffa461
 _MARKS = '.,;:!?'

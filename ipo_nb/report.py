@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'COLOURS', 'STYLE', 'Record', 'load_record', 'scored', 'best_so_far', 'made_up_record', 'safe', 'Table',
-           'summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'cost_table',
-           'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table', 'colour',
-           'Picture', 'picture', 'gallery', 'trajectory', 'comparison', 'words_figure', 'headline', 'parts',
+           'summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'transfer_table',
+           'cost_table', 'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table',
+           'colour', 'Picture', 'picture', 'gallery', 'trajectory', 'comparison', 'words_figure', 'headline', 'parts',
            'meta_prompt_html', 'report_markdown', 'report_html', 'figures', 'tables', 'write_report']
 
 # %% ../nbs/10_report.ipynb #dd29d14e
@@ -205,6 +205,21 @@ def search_table(record:Record) -> Table: # a row for the search and one for its
                                   tokens_in=s['tokens_in'], tokens_out=s['tokens_out'], stop=s['stop'])
     runs = [('search', record.result['search']), ('control', record.result.get('control'))]
     return Table('search', 'The budget and what became of the proposals', [row(n, s) for n, s in runs if s])
+
+# %% ../nbs/10_report.ipynb #3de94aef
+def transfer_table(record:Record) -> Table: # a row for each target; empty where none was asked for
+    "The prompts on other datasets and shifted versions (the paper's table 9)."
+    found, rows = record.result.get('transfer') or [], {}
+    methods = list(dict.fromkeys(r['method'] for r in found if r['method']))
+    for r in found:
+        row = rows.setdefault(r['dataset'], dict(dataset=r['dataset'], classes=r['classes'], images=0, **dict.fromkeys(methods, ''), skipped=''))
+        if r['skipped']: row['skipped'] = r['skipped']
+        else: row.update({'images': r['n'], r['method']: _ci(r['accuracy'], r['interval'])})
+    means = {m: f'{a:.1f}' for m, a in transfer_means(found).items()}
+    last = [rows_ | means for rows_ in [dict(dataset='mean', classes=None, images=None, **dict.fromkeys(methods, ''), skipped='')] if means]
+    return Table('transfer', 'The prompts elsewhere, all classes of each dataset, with 95 % intervals', [*rows.values(), *last])
+
+def _moved(record): return [transfer_table(record)] if record.result.get('transfer') else []
 
 # %% ../nbs/10_report.ipynb #56b83ad4
 def cost_table(record:Record) -> Table: # a row for each role
@@ -491,7 +506,7 @@ def parts(record:Record # a run
     r = record.result; fig = lambda name, caption: ('figure', (name, caption))
     described = [('h2', 'What the language model was told'), ('table', descriptions_table(record))] if r.get('descriptions') else []
     return [('h1', f"{r['dataset']}: an interpretable prompt"), ('p', 'The chosen prompt:'), ('pre', r['chosen']['prompt']), ('list', headline(record)),
-        ('table', summary_table(record)), fig('comparison', 'Base, novel and H with 95 % intervals'),
+        ('table', summary_table(record)), *[('table', t) for t in _moved(record)], fig('comparison', 'Base, novel and H with 95 % intervals'),
         ('h2', 'Should it be believed?'), ('table', signatures_table(record)), ('table', paired_table(record)),
         ('h2', 'Which words did the work?'), fig('word_importance', 'Change of H when words are left out'), ('table', words_table(record)),
         ('h2', 'How it was found'), fig('trajectory', 'Few-shot accuracy and loss over the steps'), ('table', search_table(record)), ('table', answers_table(record)), ('table', cost_table(record)),
@@ -554,7 +569,7 @@ def write_report(record:Record,    # a run
     "Write figures/, tables/, report.md and report.html into the folder of the run."
     for name, fig in figures(record, images).items():
         for kind in ('png', 'pdf'): write_text(record.path/'figures'/f'{name}.{kind}', fig.data(kind))
-    for t in tables(record):
+    for t in tables(record) + _moved(record):
         write_text(record.path/'tables'/f'{t.name}.md', f'{t.markdown()}\n'); write_text(record.path/'tables'/f'{t.name}.csv', t.csv())
     write_text(record.path/'report.md', report_markdown(record))
     return write_text(record.path/'report.html', report_html(record))

@@ -90,6 +90,15 @@ class Study:
     def finished(self): return (self.folder/'result.json').exists()
 
 # %% ../nbs/11_study.ipynb #8e31778e
+@patch
+def targets(self:Study) -> list: # names of datasets
+    "Where the prompts are scored too. Raises `IpoError` for an unknown dataset, and where there are no shifted versions."
+    asked = (self.config.transfer or '').strip()
+    names = data.shifts(self.config.dataset) if asked == 'shifts' else [n.strip() for n in asked.split(',') if n.strip()]
+    if asked and not names: raise IpoError(f"{self.config.dataset} has no shifted versions for transfer 'shifts': name datasets, separated by commas.")
+    return [data.load_card(n).name for n in dict.fromkeys(names)]
+
+# %% ../nbs/11_study.ipynb #a2127f7c
 def open_study(params:dict # `globals()` of the notebook, or a dict of parameters
               ) -> Study: # with a folder that nobody else works on
     "Open or find a study and say what will happen. Raises `IpoError` for anything wrong with parameters, data or an earlier record."
@@ -97,6 +106,7 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
     optimizer.stop_rules(config) # refuses a limit of cost without a price
     ds = data.load_dataset(config.dataset, config.data_root, config.split, verbose=False)
     study = Study(config, ds, notes)
+    study.targets() # an unknown name is refused now and not after the search
     if study.finished: report.load_record(study.folder)
     else: study.claim()
     return study
@@ -245,9 +255,26 @@ def evaluate(self:Study) -> dict: # methods, paired tests, word importance
     start, base, novel = time.perf_counter(), self.half('base'), self.half('novel')
     methods = evaluation.evaluate(self.clip, self.compared(), base, novel, seed=self.config.seed)
     out = dict(methods=[m.to_dict() for m in methods], paired=evaluation.compare_all(methods),
-               word_importance=evaluation.word_importance(self.clip, self.searched.best.prompt, base, novel))
+               word_importance=evaluation.word_importance(self.clip, self.searched.best.prompt, base, novel), transfer=self.transferred())
     self.timed('evaluate', start)
     return out, dict(base_test=len(base.labels), novel_test=len(novel.labels))
+
+# %% ../nbs/11_study.ipynb #d029c8fb
+@patch
+def target(self:Study, name:str): # a `Half` with all classes of a dataset, or why it cannot be had
+    "The test images of another dataset."
+    try:
+        ds = data.load_dataset(name, self.config.data_root, verbose=False)
+        return evaluation.Half(ds.classes, scorer.image_features(self.clip, [i.image for i in ds.test]), torch.tensor([i.label for i in ds.test]))
+    except IpoError as e:
+        print(f'transfer to {name} is skipped: {e}')
+        return str(e).replace(str(self.config.data_root), 'data_root') # a result names no place of this machine
+
+@patch
+def transferred(self:Study) -> list: # rows of `evaluation.transfer`
+    "The search's prompts on other datasets, one in memory at a time."
+    prompts = {m: p for m, p in self.compared().items() if m != 'hand-written template'}
+    return evaluation.transfer(self.clip, prompts, ((n, self.target(n)) for n in self.targets()), seed=self.config.seed)
 
 # %% ../nbs/11_study.ipynb #debd283d
 def _chosen(search): return {k: v for k, v in asdict(search.best).items()} if search else None

@@ -72,3 +72,24 @@ def test_signatures_without_the_other_methods():
     result = dict(methods=[make_evaluation('IPO', 'a <CLASS>', [1], [1]).to_dict()], paired=[], chosen=dict(prompt='a <CLASS>'),
                   data=dict(classes=['x']), search=dict(status={}))
     assert [s['found'] for s in signatures(result)] == [False]*3
+
+# --- elsewhere ---
+
+def test_transfer_scores_a_target_against_its_own_names():
+    from ipo_nb.data import load_dataset, original_labels, shifts
+    original = load_dataset('mini_objects').classes
+    for name in shifts('mini_objects'): assert load_dataset(name).classes == [original[i] for i in original_labels(name)]
+    names, seen = [original[i] for i in (0, 3, 5)], []
+    def predict(clip, prompts, names, feats): seen.append(list(names)); return np.array([[0, 1, 2, 2]]*len(prompts))
+    row, = transfer(None, {'IPO': 'a <CLASS>'}, [('some', Half(names, np.zeros((4, 2)), np.array([0, 1, 2, 0])))], predict=predict)
+    assert seen == [names] and (row['accuracy'], row['n'], row['classes'], row['skipped']) == (75., 4, 3, '')
+    assert row['interval'] == interval([1, 1, 1, 0])
+
+def test_transfer_keeps_a_row_for_what_it_skips():
+    def predict(clip, prompts, names, feats):
+        if 'long' in prompts[0]: raise IpoError('too long.')
+        return np.zeros((1, len(feats)), int)
+    half = Half(['a', 'b'], np.zeros((3, 2)), np.array([0, 0, 1]))
+    rows = transfer(None, {'IPO': 'long <CLASS>', 'default prompt': '<CLASS>'}, [('x', half), ('y', 'not here.')], predict=predict)
+    assert [(r['dataset'], r['method'], r['skipped']) for r in rows] == [('x', 'IPO', 'too long.'), ('x', 'default prompt', ''), ('y', '', 'not here.')]
+    assert transfer_means(rows) == {} and transfer_means(rows[1:]) == {'default prompt': 66.6667}

@@ -27,7 +27,7 @@ def test_papermill_from_nbs_and_again_from_the_root(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     folder, = (tmp_path/'runs'/'mini_aerial').iterdir()
     for name in ('config.json', 'history.jsonl', 'control.jsonl', 'result.json', 'manifest.json', 'report.html', 'figures/trajectory.png',
-                 'figures/gallery.pdf', 'tables/summary.md'): assert (folder/name).stat().st_size, name
+                 'figures/gallery.pdf', 'tables/methods.md'): assert (folder/name).stat().st_size, name
     before = (folder/'result.json').read_bytes()
     again = papermill('nbs/run_dataset.ipynb', tmp_path/'again.ipynb', *pairs(quick | dict(out_dir=tmp_path/'runs')), cwd=root)
     assert again.returncode == 0, again.stderr[-2000:]
@@ -67,13 +67,26 @@ def test_ipo_run_answers_a_mistake_with_one_sentence(tmp_path):
     assert done.returncode == 1 and 'Traceback' not in done.stderr + done.stdout
     assert done.stderr.strip().splitlines()[-1].startswith('ipo_run: ') and 'nowhere' in done.stderr
 
+# --- the prompts elsewhere ---
+
+def test_transfer_scores_the_prompts_elsewhere_and_names_what_is_absent(tmp_path):
+    s, record = complete(out_dir=str(tmp_path), data_root=str(tmp_path), transfer='mini_textures, eurosat')
+    rows = record.result['transfer']
+    assert [(r['dataset'], r['method']) for r in rows] == [('mini_textures', m) for m in ('IPO', 'default prompt', 'random control')] + [('eurosat', '')]
+    assert rows[0]['prompt'] == record.result['chosen']['prompt'] and 0 < rows[1]['accuracy'] < 100 and rows[1]['n'] > 100
+    assert rows[3]['accuracy'] is None and 'eurosat' in rows[3]['skipped'] and str(tmp_path) not in rows[3]['skipped']
+    table = report.transfer_table(record)
+    assert [r['dataset'] for r in table.rows] == ['mini_textures', 'eurosat', 'mean']
+    for f in ('report.html', 'report.md', 'tables/transfer.csv'): assert 'eurosat' in (record.path/f).read_text()
+
 # --- mistakes, in this process ---
 
 @pytest.mark.parametrize('params, said', [
     (dict(dataset='../../etc'), 'etc'), (dict(dataset='eurosat'), 'data_root'), (dict(clip='ViT-B-61/openai'), 'ViT-B-16'),
     (dict(clip='local-dir:/nowhere'), 'nowhere'), (dict(llm='smolm2'), 'smollm2'), (dict(captioner='clap'), 'clip'), (dict(shots=0), 'shots'),
     (dict(shots=-1), 'shots'), (dict(shots=1000), 'choose another number of shots'), (dict(steps='many'), 'steps'), (dict(temperature=9), 'temperature'),
-    (dict(device='tpu'), 'device'), (dict(captioner='file:/nowhere.json'), 'nowhere')])
+    (dict(device='tpu'), 'device'), (dict(captioner='file:/nowhere.json'), 'nowhere'),
+    (dict(transfer='mini_objets'), 'mini_objects'), (dict(transfer='shifts'), 'no shifted versions')])
 def test_one_sentence(tmp_path, params, said):
     with pytest.raises(IpoError, match=said) as e: complete(out_dir=str(tmp_path), **params)
     assert '\n' not in str(e.value) and len(str(e.value)) < 400
