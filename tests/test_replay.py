@@ -8,7 +8,7 @@ from ipo_nb.core import IpoError, read_jsonl
 from test_study import bin_, complete, nbs, pairs, root
 
 KEY = 'sk-whole-run-0123456789'
-recordings = nbs/'recordings'
+recordings = root/'data_cards'/'records'
 EVIL = f'<INS>a {KEY} <CLASS>.</INS><INS></pre><script>alert(1)</script> <CLASS> from above.</INS>'
 
 @pytest.fixture
@@ -96,12 +96,19 @@ def test_the_key_is_in_no_artefact(server, tmp_path):
     assert not [t for t in (good.stdout, good.stderr, bad.stdout, bad.stderr) if KEY.encode() in t]
     assert '<script>alert' not in next(p for p in kept if p.name == 'report.html').read_text()
 
-# --- recordings that come with the project (made by tests/record.py)
+# --- runs that come with the project: `ipo_run -p dataset NAME -p steps 100 -p out_dir data_cards/records`
+
+def near(a, b):
+    "Equal, losses up to what another processor may change in their last digits."
+    if isinstance(a, dict): return a.keys() == b.keys() and all(near(a[k], b[k]) for k in a if k != 'shown')
+    if isinstance(a, list): return len(a) == len(b) and all(map(near, a, b))
+    return a == pytest.approx(b, abs=1e-4) if isinstance(a, float) else a == b
 
 @pytest.mark.parametrize('dataset', ['mini_textures', 'mini_objects', 'mini_aerial'])
-def test_the_committed_recording(tmp_path, dataset):
-    calls = recordings/dataset/'calls.jsonl'
-    if not calls.exists(): pytest.skip(f'no recording of {dataset} yet: python tests/record.py {dataset}')
-    s = study.open_study(dict(dataset=dataset, llm=f'replay:{calls}', out_dir=str(tmp_path)))
+def test_a_committed_run_replays(tmp_path, dataset):
+    settings = {p.parent: json.loads(p.read_text())['settings'] for p in recordings.glob(f'{dataset}/*/result.json')}
+    long = [folder for folder, s in settings.items() if s['steps'] == 100 and s['llm'] == 'smollm2']
+    if not long: pytest.skip(f'no recording of {dataset} yet: ipo_run -p dataset {dataset} -p steps 100 -p out_dir data_cards/records')
+    s = study.open_study(dict(dataset=dataset, llm=f"replay:{long[0]/'calls.jsonl'}", out_dir=str(tmp_path)))
     s.describe(); s.search(); s.run_control(); s.finish()
-    assert (s.folder/'result.json').read_bytes() == (calls.parent/'result.json').read_bytes()
+    assert near(*(json.loads((f/'result.json').read_text()) for f in (s.folder, long[0])))
