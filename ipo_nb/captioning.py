@@ -290,6 +290,7 @@ def default_captioner() -> tuple: # specification, and the reason in words
     if os.environ.get('OPENAI_API_KEY'): return 'openai:gpt-4o-mini', 'OPENAI_API_KEY is set'
     return 'clip', 'no OPENAI_API_KEY is set, and CLIP itself needs none'
 
+# %% ../nbs/06_captioning.ipynb #73c7f285
 CAPTIONERS = 'clip', 'file:PATH', 'hf:MODEL[@REVISION]', 'none', 'openai:MODEL[@URL]', 'replay:FILE'
 
 def load_captioner(spec:str, # one of `CAPTIONERS`

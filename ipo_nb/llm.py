@@ -172,6 +172,7 @@ def recorded_run(path # a calls.jsonl
     if not all(isinstance(l, dict) and ('key' in l or 'run' in l) for l in lines): raise IpoError(f"{path} is no recording: give the calls.jsonl of a recorded run.")
     return lines[0].get('run', {})
 
+# %% ../nbs/02_llm.ipynb #a0d1496f
 class Replay(LLM):
     "Answers from a recording and nothing else."
     def __init__(self, path):
@@ -481,6 +482,7 @@ def _said(e, key):
     text = ' '.join(str(body.get('message') or f'status {e.status_code}').encode(errors='replace').decode().split())
     return (text.replace(key, '***') if key else text)[:160].rstrip('.')
 
+# %% ../nbs/02_llm.ipynb #6ea8b463
 def endpoint_error(e,         # exception of the openai client
                    model:str, # as asked for
                    url:str,   # base URL
@@ -561,6 +563,7 @@ def _ask(self:OpenAIChat, **request):
         if i + 1 < tries: time.sleep(random.uniform(.25, .75)*2**i)
     raise err from None
 
+# %% ../nbs/02_llm.ipynb #c860cd7a
 @patch
 def _without(self:OpenAIChat, said, request):
     "The request that a server may accept which has refused one of its parameters; None where it named none."

@@ -44,6 +44,7 @@ def after(what:str,    # a quantity of `Spent`: steps, calls, scored, tokens, co
         if getattr(spent, what) >= limit: return f'all {limit} steps are done' if what == 'steps' else f'the limit of {limit} {what} is reached'
     return rule
 
+# %% ../nbs/09_optimizer.ipynb #cda8dafd
 def no_progress(patience:int # steps without a better prompt
                ):
     "A rule that stops when the best prompt has not changed for a while (the paper's other stop rule)."
@@ -130,6 +131,7 @@ def meta_prompt(self:Search,    # with its memory as it is now
     texts, memory = shorten(self.descriptions, self.memory, level)
     return build_meta_prompt(memory, texts, self.candidates)
 
+# %% ../nbs/09_optimizer.ipynb #b1a98f1c
 @patch
 def apply(self:Search, line:dict # one line of the journal
          ) -> None:
@@ -176,6 +178,7 @@ def ask(self:Search, step:int) -> list: # raw replies
             self.level += 1
             print(f"step {step}: the message is longer than the model's context; {SHORTER[self.level-1]}")
 
+# %% ../nbs/09_optimizer.ipynb #c5ffe7fb
 @patch
 def propose(self:Search, step:int
            ) -> tuple: # raw replies, checked candidates

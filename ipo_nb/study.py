@@ -36,6 +36,7 @@ def _existing(path):
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() or not (project_dir()/p).exists() else project_dir()/p
 
+# %% ../nbs/11_study.ipynb #06d0bd6c
 def recorded_settings(params:dict # what the user gave
                      ) -> dict: # settings of the recorded run; empty where nothing is replayed
     "What a replay takes over. Raises `IpoError` where the recording is of another dataset."
@@ -48,6 +49,7 @@ def recorded_settings(params:dict # what the user gave
     if out.get('captioner', '').partition(':')[0] in ('openai', 'hf'): out['captioner'] = f'replay:{path}'
     return out
 
+# %% ../nbs/11_study.ipynb #fc9ffba7
 def resolve(params:dict # what the user gave
            ) -> tuple: # RunConfig, and notes on what was chosen for them
     "Fill what was left open from a recording that is replayed, then from the data card, then from the machine."
@@ -111,6 +113,7 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
     else: study.claim()
     return study
 
+# %% ../nbs/11_study.ipynb #7bd6bd43
 @patch
 def claim(self:Study):
     "Take the folder for this process and write the configuration."
@@ -207,6 +210,7 @@ def search_with(self:Study, llm_, journal, **kw
         descriptions=[d['text'] for d in self.describe()], candidates=self.config.candidates, memory_size=self.config.memory, seed=self.config.seed,
         too_long=lambda p: scorer.token_length(self.clip, p, self.dataset.classes) > limit, **kw)
 
+# %% ../nbs/11_study.ipynb #fd3c5b0a
 @patch
 def search(self:Study):
     "The search with the optimizer LLM; resumes where a journal was cut off."
@@ -287,6 +291,7 @@ def facts(self:Study, counts:dict) -> dict:
     return dict(classes=ds.classes, base=base, novel=novel, counts=counts, split_sha=ds.split_sha, split_source=ds.split_source,
                 few_shot_sha=data.items_sha(self.few_shot))
 
+# %% ../nbs/11_study.ipynb #60d186b4
 @patch
 def cost(self:Study) -> dict: # role -> calls, tokens_in, tokens_out, cost; leaks of the captioner
     "What the study has used, by role."
