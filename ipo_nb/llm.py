@@ -370,7 +370,7 @@ def load_smollm2(device='auto' # auto, cpu or cuda
 
 # %% ../nbs/02_llm.ipynb #f3281e8b
 _SLOT = '{}' # a placeholder that is one token
-_ODD = r'[<>{}\[\]|\\#*_=`"$@%^~/.!?\x00-\x1f]' # in no word of a caption
+_ODD = r'[<>{}()\[\]|\\#*_=+`"$@%^~/.!?;:\d\x00-\x1f]' # in no word of a caption
 
 class SlotOnce:
     "A logits processor: plain words, one line, and the slot exactly once."
@@ -382,11 +382,24 @@ class SlotOnce:
         self.before = self.after.clone()
         self.before[self.ends], self.after[self.ends] = -torch.inf, 0.
         self.before[self.slot], self.after[self.slot] = bonus, -torch.inf
-        self.start = 0 # length of the prefix
 
-    def __call__(self, ids, scores):
-        seen = (ids[:, self.start:] == self.slot).any(1, keepdim=True)
-        return scores + torch.where(seen, self.after.to(scores), self.before.to(scores))
+# %% ../nbs/02_llm.ipynb #d1f20b7a
+@patch
+def begin(self:SlotOnce, start:int, # length of the prefix in tokens
+          lines=(), # token ids of the lines in the list, without their end
+          least:int=5 # tokens of the shortest line
+         ) -> None:
+    "Get ready for another list."
+    self.start, self.known, self.least = start, set(map(tuple, lines)), least
+
+@patch
+def __call__(self:SlotOnce, ids, scores):
+    new = ids[:, self.start:]
+    seen = (new == self.slot).any(1, keepdim=True)
+    out = scores + torch.where(seen, self.after.to(scores), self.before.to(scores))
+    goes_on = torch.tensor([len(row) < self.least or tuple(row) in self.known for row in new.tolist()])
+    ends = torch.zeros_like(out, dtype=torch.bool); ends[:, self.ends] = True
+    return out.masked_fill(ends & goes_on.to(out.device)[:, None], -torch.inf)
 
 # %% ../nbs/02_llm.ipynb #055b55f3
 @contextlib.contextmanager
@@ -411,7 +424,8 @@ class SmolLM2(LLM):
 
     def __call__(self, meta, n, seed):
         ids = self.tok(meta.listing.replace(PLACEHOLDER, _SLOT), return_tensors='pt').input_ids.to(self.model.device)
-        self.once.start, pad = ids.shape[1], self.tok.eos_token_id
+        pad, old = self.tok.eos_token_id, [' ' + s.prompt.rstrip('.!? ').replace(PLACEHOLDER, _SLOT) for s in meta.scored]
+        self.once.begin(ids.shape[1], self.tok(old).input_ids if old else [])
         with cpu_threads(self.threads):
             rows = continue_text(self.model, ids, n, seed, logits_processor=[self.once], max_new_tokens=self.sampling.max_tokens,
                                  eos_token_id=self.once.ends, pad_token_id=pad, **_draw(self.sampling, .9)).tolist()

@@ -256,7 +256,7 @@ CARD = """# mini: a CLIP of the classroom
 - format: open_clip (`open_clip.create_model_and_transforms('local-dir:ipo_nb/models/mini')`), half precision, safetensors, {mb:.1f} MB
 - image tower: ViT, 96 x 96 pixels, patch {patch}, width 128, 3 layers; text tower: causal transformer, CLIP's tokenizer, 77 tokens, width 128, 2 layers
 - data: {images} images of the split `pretrain` (textures {mini_textures:.0%}, objects {mini_objects:.0%}, aerial {mini_aerial:.0%}), generator `{generator}`, {takes} captions each; no image of train, val or test
-- training: {steps} steps of {batch} pairs, AdamW, peak rate {lr}, cosine{plan_said}, seed {seed}; then 500 steps of the text tower alone, half of its captions being remarks; {minutes:.0f} minutes on {device} ({cpu_minutes:.0f} minutes of processor time; the machine was shared), record in `training.json`
+- training: {steps} steps of {batch} pairs, AdamW, peak rate {lr}, cosine{plan_said}, seed {seed}; then {text_steps} steps of the text tower alone, half of its captions being remarks; {minutes:.0f} minutes on {device} ({cpu_minutes:.0f} minutes of processor time; the machine was shared), record in `training.json`
 
 Train it again: `python -m ipo_nb.mini_clip --out DIR` (the notebook `nbs/05_mini_clip.ipynb` tells how it works).
 
@@ -306,7 +306,7 @@ def remarks(n:int, # how many images
     return np.load(f)
 
 # %% ../nbs/05_mini_clip.ipynb #ea891b02
-def tune_text(model, steps:int=500, images:int=16000, share:float=.5, batch:int=128, lr:float=1e-3, seed:int=0, device='cpu'):
+def tune_text(model, steps:int=300, images:int=16000, share:float=.5, batch:int=128, lr:float=1e-3, seed:int=0, device='cpu'):
     "Train the text tower on captions and a `share` of remarks, the image tower locked"
     data, said = corpus(images), remarks(images); feats = encode_images(model.eval(), data[0], device=device)
     opt, (_, tokens, labels) = _optimizer(model, lr), data
@@ -334,8 +334,8 @@ def main(steps:int=None, # optimizer steps; the committed model's plan if not gi
     path = Path(out or models_dir()/'mini')
     if not measure_only:
         model, curve = train(steps, images, batch, lr, seed, device, state)
-        t, cpu = time.time(), time.process_time(); model, last = tune_text(model, 500 if steps is None else max(2, steps//8), images, seed=seed, device=device)
-        used = dict(seconds=curve[-1]['seconds']+time.time()-t, cpu=curve[-1]['cpu']+time.process_time()-cpu, text_loss=last)
+        t, cpu = time.time(), time.process_time(); text_steps = max(2, steps//20) if steps else 300; model, last = tune_text(model, text_steps, images, seed=seed, device=device)
+        used = dict(seconds=round(curve[-1]['seconds']+time.time()-t), cpu=round(curve[-1]['cpu']+time.process_time()-cpu), text_steps=text_steps, text_loss=last)
         save_mini(model, path, steps=curve[-1]['step'], plan=PLAN if not steps else None, images=images, batch=batch, lr=lr, seed=seed, device=device, generator=GENERATOR, torch=torch.__version__, **used, curve=curve)
     training = json.loads((path/'training.json').read_text()); plot_curve(training['curve'], path/'curve.png')
     measured = {d: measure(load_mini(path)[0], d) for d in MINI}
