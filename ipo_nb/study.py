@@ -379,7 +379,7 @@ def run_notebook(params:dict, # parameters of `run_dataset.ipynb`
     out = Path(out or Path(params.get('out_dir') or project_dir()/'runs')/f"{params.get('dataset', 'mini_textures')}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(str(notebook()), str(out), parameters=params, progress_bar=False,
-                                        stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=ERROR'])
+                                        stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
         if e.ename == 'IpoError': raise IpoError(e.evalue) from None
         if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
