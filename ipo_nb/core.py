@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'Count', 'Positive', 'IpoError', 'nearest', 'fill', 'Score', 'Scored',
-           'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'sha', 'seed_for', 'RunConfig',
+           'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'sha', 'seed_for', 'Limits', 'RunConfig',
            'make_config', 'run_id', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl', 'project_dir',
            'cards_dir', 'models_dir', 'cache_dir', 'progress']
 
@@ -152,14 +152,28 @@ def seed_for(*parts # whatever names the use of the random numbers
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 
-class RunConfig(BaseModel):
-    "Everything that defines a run; defaults are the paper's (section 4 and its released code)."
+class Limits(BaseModel):
+    "What a run may use, and what it does beside the search."
     model_config = ConfigDict(extra='forbid', frozen=True)
+    transfer:str|None = None                  # datasets, separated by commas, or 'shifts': where the prompts are scored too
+    timeout:Annotated[float, Field(gt=0)] = 60. # seconds that an endpoint may take for one answer
+    patience:Count = 0                        # stop after so many steps without a better prompt; 0: never
+    max_calls:Count = 0                       # stop after so many optimizer calls; 0: no limit
+    max_tokens:Count = 0                      # stop after so many optimizer tokens; 0: no limit
+    max_seconds:Annotated[float, Field(ge=0)] = 0. # stop after so many seconds of search; 0: no limit
+    max_cost:Annotated[float, Field(ge=0)] = 0. # stop after so much money for the optimizer, in the currency of the prices; 0: no limit
+    price_in:Annotated[float, Field(ge=0)] = 0. # price of a million tokens read
+    price_out:Annotated[float, Field(ge=0)] = 0. # price of a million tokens written
+    remote_code:bool = False                  # may captioner hf:MODEL@REVISION run code that comes with the model?
+    control:bool = True                       # also run the random control at the same budget
+
+# %% ../nbs/00_core.ipynb #5e1f60aa
+class RunConfig(Limits):
+    "Everything that defines a run; defaults are the paper's (section 4 and its released code)."
     dataset:str                               # a data card's name
     data_root:str|None = None                 # folder that holds the datasets
     split:str = 'auto'                        # auto, published, subset, own, or a JSON file in CoOp's form
     few_shot_index:str|None = None            # a published few-shot list, instead of the seed's own sample
-    transfer:str|None = None                  # datasets, separated by commas, or 'shifts': where the prompts are scored too
     clip:str = 'ViT-B-16/openai'              # CLIP specification
     shots:Positive = 1                        # few-shot images a class
     seed:Count = 1                            # few-shot sample and sampling of the optimizer
@@ -171,16 +185,6 @@ class RunConfig(BaseModel):
     temperature:Annotated[float, Field(ge=0, le=2)] = 1. # sampling temperature of the optimizer
     top_p:Annotated[float, Field(gt=0, le=1)]|None = None # nucleus sampling of the optimizer; None: the back end's own
     reply_tokens:Positive|None = None         # limit of one reply; None: enough for the prompts asked for
-    timeout:Annotated[float, Field(gt=0)] = 60. # seconds that an endpoint may take for one answer
-    patience:Count = 0                        # stop after so many steps without a better prompt; 0: never
-    max_calls:Count = 0                       # stop after so many optimizer calls; 0: no limit
-    max_tokens:Count = 0                      # stop after so many optimizer tokens; 0: no limit
-    max_seconds:Annotated[float, Field(ge=0)] = 0. # stop after so many seconds of search; 0: no limit
-    max_cost:Annotated[float, Field(ge=0)] = 0. # stop after so much money for the optimizer, in the currency of the prices; 0: no limit
-    price_in:Annotated[float, Field(ge=0)] = 0. # price of a million tokens read
-    price_out:Annotated[float, Field(ge=0)] = 0. # price of a million tokens written
-    remote_code:bool = False                  # may captioner hf:MODEL@REVISION run code that comes with the model?
-    control:bool = True                       # also run the random control at the same budget
     device:Literal['auto', 'cpu', 'cuda'] = 'auto' # where CLIP runs
     precision:Literal['auto', 'fp32', 'fp16', 'bf16'] = 'auto' # CLIP's arithmetic
     out_dir:str = 'runs'                      # where records go
