@@ -197,7 +197,7 @@ def make_config(**params # fields of `RunConfig`
     except ValidationError as e:
         err = e.errors()[0]; name = '.'.join(map(str, err['loc']))
     if err['type'] == 'extra_forbidden':
-        raise IpoError(f"unknown parameter '{name}'{nearest(name, RunConfig.model_fields)}: `papermill --help-notebook run_dataset.ipynb` lists them.")
+        raise IpoError(f"unknown parameter '{name}' (`papermill --help-notebook run_dataset.ipynb` lists them all){nearest(name, RunConfig.model_fields)}")
     if err['type'] == 'missing': raise IpoError(f"parameter '{name}' is missing: give it a value.")
     raise IpoError(f"parameter '{name}' cannot be {err['input']!r}: {err['msg'][0].lower()+err['msg'][1:]}.")
 

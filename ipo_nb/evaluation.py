@@ -315,7 +315,7 @@ def _control(result): # a signature: no better than editing words at random
     if not (found := _against(result, 'random control')): return []
     (ours, theirs, p), other = found, 'the random control at the same budget'
     better = ours > theirs and p < .05
-    how = 'beats' if better else 'is not better beyond chance than'
+    how = 'beats' if better else 'is worse, beyond chance, than' if ours < theirs and p < .05 else 'is not better beyond chance than'
     return [dict(name='no improvement over the control', found=not better, sentence=f"With H {ours:.1f} the chosen prompt {how} {other} ({theirs:.1f}, p = {p:.2g}).")]
 
 # %% ../nbs/08_evaluation.ipynb #4a2486e1

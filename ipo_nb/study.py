@@ -14,6 +14,7 @@ from functools import cached_property
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 import torch
+from PIL import Image
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .core import *
@@ -110,18 +111,32 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
     study = Study(config, ds, notes)
     study.targets() # an unknown name is refused now and not after the search
     if study.finished: report.load_record(study.folder)
-    else: study.claim()
+    else: study.check_files(); study.claim()
     return study
+
+def _begins_as_image(path):
+    try:
+        with Image.open(path): return True
+    except data._BROKEN: return False
+
+@patch
+def check_files(self:Study) -> None:
+    "Look at the beginning of each image file before anything is paid for. Raises `IpoError` that counts the unreadable ones."
+    files = dict.fromkeys(i.image.path for i in [*self.few_shot, *self.dataset.test] if isinstance(i.image, data.FileImage))
+    if bad := [f for f in files if not _begins_as_image(f)]:
+        raise IpoError(f"{len(bad)} of {len(files)} image files are empty or no images, for example {', '.join(bad[:3])}: restore or remove them and run again.")
 
 # %% ../nbs/11_study.ipynb #7bd6bd43
 @patch
 def claim(self:Study):
     "Take the folder for this process and write the configuration."
-    write_json(self.folder/'config.json', self.config.model_dump())
+    try: self.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise IpoError(f"the folder {self.folder} cannot be made ({e.strerror}): choose another out_dir.") from e
     self.lock = FileLock(self.folder/'.lock')
     try: self.lock.acquire(timeout=0)
     except Timeout as e:
         raise IpoError(f"another process is working on this very run in {self.folder}: wait for it, or choose another out_dir.") from e
+    write_json(self.folder/'config.json', self.config.model_dump())
     if not read_jsonl(self.folder/'calls.jsonl'): append_jsonl(self.folder/'calls.jsonl', dict(run=dict(dataset=self.config.dataset, settings=self.settings())))
 
 @patch
@@ -395,5 +410,5 @@ def main(argv=None) -> int: # exit code: 0 done, 1 a mistake that the sentence n
     args = cli.parse_args(argv)
     try: out = run_notebook(dict(map(_parameter, args.p)), args.output)
     except IpoError as e: print(f'\nipo_run: {e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('\nipo_run: interrupted; finished steps are kept and the same command goes on from there.', file=sys.stderr); return 130
+    except KeyboardInterrupt: print('\nipo_run: interrupted; steps that were finished are kept, and the same command goes on from there.', file=sys.stderr); return 130
     print(f'notebook  {out}'); return 0

@@ -1,4 +1,5 @@
 """README.md is nbs/index.ipynb in Markdown, with the outputs of its cells. `python tests/readme.py` runs the one and writes the other."""
+import re
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -9,7 +10,7 @@ index = root/'nbs'/'index.ipynb'
 
 def render() -> str:
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nbformat.read(index, as_version=4))
-    return text.strip().replace('](../', '](') + '\n'
+    return re.sub(r'\n{3,}', '\n\n', text.strip()).replace('](../', '](') + '\n'
 
 if __name__ == '__main__':
     nb = nbformat.read(index, as_version=4)

@@ -92,6 +92,17 @@ def test_one_sentence(tmp_path, params, said):
     assert '\n' not in str(e.value) and len(str(e.value)) < 400
     assert not list(tmp_path.glob('*/*/result.json'))
 
+def test_damaged_images_are_found_before_the_search(tmp_path):
+    from PIL import Image
+    for name in 'abcd':
+        (tmp_path/'images'/name).mkdir(parents=True)
+        for i in range(6): Image.new('RGB', (32, 32), (40*i, 90, 10)).save(tmp_path/'images'/name/f'{i}.png')
+    params = dict(dataset='folder', data_root=str(tmp_path/'images'), clip='mini', out_dir=str(tmp_path/'runs'))
+    for name in 'ab':
+        for i in range(6): (tmp_path/'images'/name/f'{i}.png').write_bytes(b'' if i % 2 else b'no image')
+    with pytest.raises(IpoError, match='image files are empty or no images, for example'): study.open_study(quick | params)
+    assert not (tmp_path/'runs').exists()
+
 def test_two_runs_at_once(tmp_path):
     first = study.open_study(quick | dict(out_dir=str(tmp_path)))
     with pytest.raises(IpoError, match='another process'): study.open_study(quick | dict(out_dir=str(tmp_path)))
