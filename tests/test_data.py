@@ -200,7 +200,7 @@ def test_published_list_of_other_images_is_refused():
 def test_data_root_mistakes():
     says(lambda: load_dataset('eurosat'), 'pass data_root')
     says(lambda: load_dataset('eurosat', REAL/'dat'), 'does not exist', f"did you mean '{REAL/'data'}'?")
-    says(lambda: load_dataset('eurosat', '../shared/real/dta'), 'does not exist', f"did you mean '{REAL/'data'}'?")
+    says(lambda: load_dataset('eurosat', '../shared/real/dta'), 'does not exist', f"did you mean '{(REAL/'data').resolve()}'?")
     says(lambda: load_dataset('eurosat', REAL/'data'/'eurosat'), 'pass the one above it')
     says(lambda: load_dataset('eurosat', REAL/'README.md'), 'is a file')
     says(lambda: load_dataset('oxford_pets', REAL/'data'), 'holds no folder oxford_pets')
