@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'SPLIT_SOURCES', 'SUFFIXES', 'LAYOUTS', 'Settings', 'Source', 'Labels', 'Card', 'check_counts', 'read_card',
            'card_names', 'load_card', 'cards_table', 'cards_index', 'FileImage', 'MiniImage', 'Item', 'items_sha',
-           'clean_name', 'Dataset', 'halves', 'subset', 'describe', 'read_index', 'few_shot', 'read_split',
-           'read_folders', 'own_split', 'synsets', 'synset_names', 'original_labels', 'shifts', 'load_dataset']
+           'images_sha', 'clean_name', 'Dataset', 'halves', 'subset', 'describe', 'read_index', 'few_shot',
+           'read_split', 'read_folders', 'own_split', 'synsets', 'synset_names', 'original_labels', 'shifts',
+           'load_dataset']
 
 # %% ../nbs/04_data.ipynb #0ae1a923
 import csv, hashlib, json, os, re, unicodedata, zlib
@@ -41,7 +42,7 @@ class Settings(_Strict):
 class Source(_Strict):
     "One place where one file of a dataset can be had."
     what:Literal['split', 'names', 'labels', 'images', 'train images', 'test images', 'whole'] # which piece it is
-    url:str = Field(pattern=r'^(https?://|hf:)\S+$')         # http(s)://..., or hf:[datasets/]OWNER/NAME/FILE@REVISION on the hub
+    url:str = Field(pattern=r'^(https?://|hf:|torchvision:)\S+$') # http(s)://..., hf:[datasets/]OWNER/NAME/FILE@REVISION on the hub, torchvision:CLASS/FILE
     checksum:str|None = Field(None, pattern=r'^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$') # of the file
     size:int|None = Field(None, gt=0)                        # bytes
     to:str|None = Field(None, pattern=r'^\w[\w.-]*$')        # the file's name in the dataset's folder; none: an archive to unpack
@@ -210,6 +211,13 @@ def items_sha(*lists # lists of items
     "The hash of which images, labels and names stand in which list, in order."
     return sha(*[[(i.image.key, i.label, i.name) for i in l] for l in lists])
 
+# %% ../nbs/04_data.ipynb #06246c06
+def images_sha(items:list,     # whose image files
+               whole:bool=True # their bytes; False: only their sizes, without reading them
+              ) -> str: # 64 hexadecimal digits
+    "The hash of what is in the image files, in order. Raises `IpoError` for a file that cannot be read."
+    return sha([i.image.sha() if whole or isinstance(i.image, MiniImage) else i.image.stamp()[1] for i in items])
+
 # %% ../nbs/04_data.ipynb #c7633cc3
 def clean_name(name:str, # a label or a folder name
                corrections:dict={} # name -> better name
@@ -269,7 +277,7 @@ def describe(ds:Dataset # a loaded dataset
 def _near_path(path): # "; did you mean ...?" for the first part of a path that does not exist
     for p in reversed([path, *path.parents]):
         if p.parent.is_dir() and not p.exists():
-            near = nearest(p.name, [q.name for q in p.parent.iterdir()])
+            near = nearest(p.name, [q.name for q in p.parent.iterdir() if q != cards_dir()]) # 'data' is not meant for data_cards
             return near.replace("mean '", f"mean '{p.parent}{os.sep}")
     return ''
 
@@ -384,6 +392,7 @@ def read_split(path # a JSON file in the form of CoOp's split_zhou
 
 # %% ../nbs/04_data.ipynb #66b1501f
 def _check_names(ds):
+    if '' in ds.classes: raise IpoError(f"a class of {ds.card.title} has an empty name once underscores are spaces: rename its folder.")
     for half in halves(ds):
         known = set(map(str.casefold, ds.card.twins))
         twice = next((n for n, k in Counter(map(str.casefold, half)).items() if k > 1 and n not in known), None)
@@ -504,7 +513,11 @@ _ALIASES = dict(train=('train',), val=('val', 'valid', 'validation'), test=('tes
 
 def _laid_out(folder): # part -> its folder, where the user made one
     found = {p: folder/a for p, names in _ALIASES.items() for a in names if (folder/a).is_dir() and _dirs(folder/a)}
-    if 'train' not in found or len(found) < 2: return {}
+    if 'train' not in found or len(found) < 2:
+        half = next((d.name for d in found.values() if not _files(d)), None)
+        if half: raise IpoError(f"{folder} holds {half} with class folders, and a division needs train and test (or val): "
+                                f"add the other, or put the class folders themselves into {folder} to have them split.")
+        return {}
     return found if 'test' in found else dict(train=found['train'], test=found['val'])
 
 def _read_parts(found, ignore): # the same entries as in a split file

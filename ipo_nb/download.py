@@ -6,18 +6,20 @@
 __all__ = ['file_hash', 'fetch', 'unpack', 'Report', 'check', 'report_text', 'get', 'list_text', 'main']
 
 # %% ../nbs/04a_download.ipynb #53d890ca
-import argparse, gzip, hashlib, json, lzma, os, re, shutil, stat, sys, tarfile, tempfile, time, zipfile, zlib
+import argparse, gzip, hashlib, json, lzma, os, re, shutil, socket, stat, sys, tarfile, tempfile, time, zipfile, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from html import escape
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 import httpx
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from .core import IpoError, progress, write_json
+from .core import IpoError, progress, project_dir, sha, write_json
 from .data import PARTS, Source, card_names, load_card, load_dataset, read_folders, synsets
 from .data import _file_note, _find, _folders, _held, _held_subset, _home, _is_image, _layout_lists, _missing, _subset_file
 
@@ -125,6 +127,32 @@ def _from_hub(source, part): # (the file, its record)
     try: return path, _verify(path, source)
     except _Fault: path.unlink(); raise
 
+# %% ../nbs/04a_download.ipynb #c9c96dc0
+class _Got(Exception): "torchvision has the archive that is wanted."
+
+@contextmanager
+def _stopped_at(file, timeout): # torchvision downloads and does not unpack
+    from torchvision.datasets import utils
+    def stop(archive, *args, **kwargs):
+        if Path(archive).name == file: raise _Got
+    before, patience = utils.extract_archive, socket.getdefaulttimeout()
+    utils.extract_archive = stop; socket.setdefaulttimeout(min(timeout, 20))
+    try: yield
+    finally: utils.extract_archive = before; socket.setdefaulttimeout(patience)
+
+def _from_torchvision(source, part, timeout=60): # (the archive, its record)
+    name, _, file = source.url.removeprefix('torchvision:').partition('/')
+    folder = part.with_suffix('.torchvision'); shutil.rmtree(folder, ignore_errors=True) # a part would pass for the whole
+    try:
+        from torchvision import datasets
+        with _stopped_at(file, timeout): getattr(datasets, name)(folder, download=True)
+        raise _Fault(f'gave no {file}')
+    except _Got: path = next(folder.rglob(file))
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, ImportError, HTTPException) as e:
+        raise _Fault(f'cannot be had from torchvision ({type(e).__name__}: {" ".join(str(e).split())[:80]})') from e
+    try: return path, _verify(path, source)
+    except _Fault: path.unlink(); raise
+
 # %% ../nbs/04a_download.ipynb #331380e5
 def _part(folder, url): # where the file of a source is kept until it has come
     name = re.sub(r'[^\w.-]', '_', url.split('?')[0].split('@')[0].rsplit('/', 1)[-1])[:80]
@@ -143,7 +171,9 @@ def fetch(sources, # of one piece, tried in order
     faults = []
     for s in sources:
         part = _part(folder, s.url)
-        try: return _from_hub(s, part) if s.url.startswith('hf:') else _from_http(s, part, timeout)
+        try:
+            if s.url.startswith('hf:'): return _from_hub(s, part)
+            return (_from_torchvision if s.url.startswith('torchvision:') else _from_http)(s, part, timeout)
         except _Fault as e: faults.append(f'{s.url} {e}')
         except OSError as e: raise IpoError(f"cannot write {e.filename or part} ({e.strerror}): free some space, or choose a data_root that may be written.") from e
     raise IpoError(f"{sources[0].what} cannot be had: {'; '.join(faults)}.")
@@ -247,6 +277,7 @@ class Report:
     want:dict=field(default_factory=dict)     # part -> images of the whole dataset
     classes:dict=field(default_factory=dict)  # class -> {part: (here, of how many)}, where it is not complete
     looked:int=0                              # images that were opened
+    images_sha:str=''                         # of the bytes of all of them, in the order of the lists
     problems:list=field(default_factory=list) # sentences; empty: it passes
     notes:list=field(default_factory=list)    # sentences
 
@@ -293,7 +324,7 @@ def _look_all(report, ds, workers=None): # open each image once
     seen, bad = defaultdict(set), [why for _, why in looks if why]
     for (p, _), (h, _) in zip(items, looks): seen[h].add(p)
     leaks = sum({'train', 'test'} <= ps for h, ps in seen.items() if h)
-    report.looked = len(items)
+    report.looked, report.images_sha = len(items), '' if bad else sha([h for h, _ in looks])
     report.problems += bad[:10] + ([f'{len(bad) - 10:,} more images do not open.'] if len(bad) > 10 else [])
     if leaks: report.notes.append(f"{leaks:,} image{'s'*(leaks > 1)} of the test list {'are' if leaks > 1 else 'is'} byte for byte in the training list too.")
 
@@ -361,7 +392,7 @@ def report_text(report:Report, limit:int=20 # incomplete classes that are listed
     lines.append(f'  split      {report.source}' + (f', lists sha256 {report.split_sha}' if report.split_sha else ''))
     if report.split: lines.append(f'             {report.split}')
     if report.want: lines.append(f'  images     {h:,} of {w:,}' + (f', {w - h:,} missing' if w > h else '') + f': {_of(report.have, report.want)}')
-    if report.looked: lines.append(f'  opened     {report.looked:,}')
+    if report.looked: lines.append(f'  opened     {report.looked:,}' + (f', contents sha256 {report.images_sha}' if report.images_sha else ''))
     rows = [f"  {c[:40]:<40} {', '.join(f'{a:,}/{b:,} {p}' for p, (a, b) in ps.items())}" for c, ps in report.classes.items()]
     if rows: lines += [f'  {len(rows):,} classes are not complete (here/whole):'] + [f'  {r}' for r in rows[:limit]]
     if len(rows) > limit: lines.append(f'    ... and {len(rows) - limit:,} more (--all lists them)')
@@ -462,10 +493,11 @@ def _weight(card): # bytes to fetch, as far as the card knows them
 
 def list_text(data_root=None # a folder for datasets, or none
              ) -> str: # a table, one line a dataset
-    "All datasets with their counts, and which are under `data_root`."
+    "All datasets with their counts, and which are under `data_root`. Raises `IpoError` where that is not there."
+    root = _find(data_root, 'data_root') if data_root else None
     lines = [f"{'dataset':<24}{'classes':>8}{'images':>11}{'to fetch':>10}  {'here' if data_root else '':<6}licence"]
     for c in map(load_card, card_names()):
-        here = 'drawn' if c.layout == 'miniworld' else 'yes' if data_root and any((Path(data_root).expanduser()/f).is_dir() for f in _folders(c)) else ''
+        here = 'drawn' if c.layout == 'miniworld' else 'yes' if root and any((root/f).is_dir() for f in _folders(c)) else ''
         lines.append(f"{c.name:<24}{c.classes or '-':>8}{f'{sum(c.splits.values()):,}' if c.splits else '-':>11}{_weight(c):>10}  {here:<6}{c.licence}")
     return '\n'.join(lines)
 
@@ -476,7 +508,7 @@ def _parser():
     for name, text in (('get', 'fetch a dataset, check and unpack it'), ('check', 'say what is there and what is wrong with it'), ('list', 'all datasets')):
         s = sub.add_parser(name, help=text, description=text)
         if name != 'list': s.add_argument('name', help='a dataset, see `ipo_data list`')
-        s.add_argument('--data_root', '--data-root', default=None if name == 'list' else 'data', help='folder that holds the datasets (default: %(default)s)')
+        s.add_argument('--data_root', '--data-root', default='data' if name == 'get' else None, help=f"folder that holds the datasets{'' if name == 'list' else ' (default: data)'}")
         if name == 'get':
             s.add_argument('--keep', action='store_true', help='keep the archives')
             s.add_argument('--timeout', type=float, default=60, help='seconds without a byte before a host is given up')
@@ -489,7 +521,8 @@ def _parser():
 # %% ../nbs/04a_download.ipynb #16d83fff
 def _run(a): # one command; is all well?
     if a.command == 'list': print(list_text(a.data_root)); return True
-    report = get(a.name, a.data_root, a.keep, a.timeout) if a.command == 'get' else check(a.name, a.data_root, decode=not a.quick)
+    root = a.data_root or ('data' if any((p/'data').is_dir() for p in (Path(), project_dir())) else None) # None: the doctor asks for it
+    report = get(a.name, root, a.keep, a.timeout) if a.command == 'get' else check(a.name, root, decode=not a.quick)
     if a.command == 'check' and a.json: print(json.dumps(asdict(report) | dict(ok=report.ok), indent=1, ensure_ascii=False))
     else: print(report_text(report, 10**6 if getattr(a, 'all', False) else 20))
     return report.ok

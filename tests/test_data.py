@@ -302,6 +302,23 @@ def test_a_class_called_train(tmp_path):
     tree(tmp_path, dict(car=3, train=3, plane=3))
     assert load_dataset('folder', tmp_path).classes == ['car', 'plane', 'train']
 
+def test_a_division_that_was_only_begun(tmp_path):
+    tree(tmp_path/'train', dict(ant=3, bee=3)); says(lambda: load_dataset('folder', tmp_path), 'holds train with class folders', 'add the other')
+    tree(tmp_path/'valid', dict(ant=3, bee=3)); assert load_dataset('folder', tmp_path).split_source == 'as laid out'
+    tree(tmp_path/'two'/'test', dict(ant=3, bee=3)); says(lambda: load_dataset('folder', tmp_path/'two'), 'holds test with class folders')
+
+def test_a_folder_without_a_name(tmp_path):
+    tree(tmp_path, dict(_=3, bee=3)); says(lambda: load_dataset('folder', tmp_path), 'has an empty name')
+
+def test_images_sha_knows_other_pictures_under_the_same_names(tmp_path):
+    tree(tmp_path, dict(ant=4, bee=4)); ds = load_dataset('folder', tmp_path, verbose=False); few = few_shot(ds, 1, 1, 'all')
+    before = data.images_sha(few), data.images_sha(ds.test, whole=False)
+    path = Path(few[0].image.path); Image.open(path).resize((3, 7)).save(path)
+    assert data.images_sha(few) != before[0] and data.images_sha(ds.test, whole=False) == before[1]
+    path = Path(ds.test[0].image.path); path.write_bytes(path.read_bytes() + b' '); assert data.images_sha(ds.test, whole=False) != before[1]
+    path.unlink(); says(lambda: data.images_sha(ds.test), 'cannot be read'); says(lambda: data.images_sha(ds.test, whole=False), 'cannot be read')
+    mini = load_dataset('mini_aerial').test[:3]; assert data.images_sha(mini) == data.images_sha(mini, whole=False)
+
 def test_hidden_and_other_files_are_left_out(tmp_path):
     tree(tmp_path, dict(ant=3, bee=3)); (tmp_path/'.git').mkdir(); (tmp_path/'ant'/'.DS_Store').touch(); (tmp_path/'ant'/'notes.txt').touch()
     ds = load_dataset('folder', tmp_path)

@@ -146,6 +146,32 @@ def test_hub(monkeypatch, tmp_path):
     says(lambda: fetch([source('hf:a/b/c.zip@gone')], tmp_path), 'cannot be had from the hub', 'offline')
     says(lambda: fetch([source('hf:a/b/c.zip@v1', 'md5:' + '0'*32)], tmp_path), 'wrong bytes')
 
+ARCHIVES = {n: [s for s in load_card(n).sources if s.url.startswith('torchvision:')] for n in data.card_names()}
+TORCHVISION = [(n, s) for n, ss in ARCHIVES.items() for s in ss]
+
+@pytest.mark.parametrize('name,s', TORCHVISION, ids=[n for n, _ in TORCHVISION])
+def test_torchvision_is_stopped_at_the_archive_of_the_card(name, s, monkeypatch, tmp_path):
+    utils = pytest.importorskip('torchvision.datasets.utils'); asked, before = [], utils.extract_archive
+    def download_url(url, root, filename=None, md5=None, **kw):
+        asked.append(md5); path = Path(root)/(filename or url.rsplit('/', 1)[-1]); path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(BODY)
+    monkeypatch.setattr(utils, 'download_url', download_url)
+    path, record = fetch([s.model_copy(update=dict(checksum=SHA, size=len(BODY)))], tmp_path)
+    assert path.read_bytes() == BODY and path.name == s.url.rsplit('/', 1)[1] and record['url'] == s.url and record['checked']
+    assert asked == [s.checksum and s.checksum[4:]] and utils.extract_archive is before
+    says(lambda: fetch([s.model_copy(update=dict(checksum='md5:' + '0'*32, size=None))], tmp_path), 'wrong bytes'); assert not path.exists()
+
+def test_torchvision_after_a_dead_address(host, monkeypatch, tmp_path):
+    utils = pytest.importorskip('torchvision.datasets.utils')
+    def offline(*a, **kw): raise OSError('offline')
+    monkeypatch.setattr(utils, 'download_url', offline)
+    both = [source(host.url('gone')), source('torchvision:DTD/dtd-r1.0.1.tar.gz')]
+    says(lambda: fetch(both, tmp_path), 'answered HTTP 404', 'cannot be had from torchvision (OSError: offline)')
+    for url, why in (('DTD/other.tar.gz', 'offline'), ('DTDD/a', 'no attribute'), ('StanfordCars/a', 'cannot be downloaded')): says(lambda: fetch([source(f'torchvision:{url}')], tmp_path), why)
+
+def test_torchvision_never_unpacks(monkeypatch, tmp_path):
+    utils = pytest.importorskip('torchvision.datasets.utils')
+    monkeypatch.setattr(utils, 'download_url', lambda *a, **kw: None)
+    says(lambda: fetch([source('torchvision:Food101/renamed.tar.gz')], tmp_path), 'cannot be had from torchvision (RuntimeError')
 
 # ---- archives
 
@@ -422,6 +448,24 @@ def test_list(capsys):
     out = capsys.readouterr().out
     assert all(any(l.startswith(f'{n} ') for l in out.splitlines()) for n in data.card_names()) and '1,331,167' in out
     assert 'yes' in list_text(REAL/'data') if REAL.exists() else True
+    assert main(['list', '--data_root', '/nowhere']) == 1 and 'data_root /nowhere does not exist' in capsys.readouterr().err
+
+def test_check_without_a_folder_asks_for_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(download, 'project_dir', lambda: tmp_path)
+    for name in ('eurosat', 'folder'):
+        assert main(['check', name]) == 1 and 'pass data_root' in capsys.readouterr().out
+    assert main(['check', 'mini_aerial', '--quick']) == 0
+    (tmp_path/'data').mkdir(); capsys.readouterr()
+    assert main(['check', 'eurosat']) == 1 and 'data_root data holds no folder eurosat' in capsys.readouterr().out
+
+def test_contents_are_hashed(tmp_path):
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(4): Image.new('RGB', (8, 8), (40*i, 90, ord(c))).save(tmp_path/c/f'{i}.png')
+    a = check('folder', tmp_path); assert a.images_sha in report_text(a)
+    Image.new('RGB', (8, 8), (1, 2, 3)).save(tmp_path/'a'/'0.png'); b = check('folder', tmp_path)
+    assert a.split_sha == b.split_sha and a.images_sha != b.images_sha
+    (tmp_path/'a'/'0.png').write_bytes(b'no image'); assert check('folder', tmp_path).images_sha == ''
 
 @pytest.mark.parametrize('argv', [[], ['gett', 'dtd'], ['get'], ['check', 'dtd', '--slow']])
 def test_commands_that_are_not_understood(argv, capsys):
