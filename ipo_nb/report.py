@@ -12,7 +12,7 @@ __all__ = ['FORMAT', 'COLOURS', 'STYLE', 'Record', 'load_record', 'scored', 'bes
 # %% ../nbs/10_report.ipynb #dd29d14e
 import base64, csv, io, json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from html import escape
 from pathlib import Path
@@ -175,17 +175,23 @@ def _repr_markdown_(self:Table): return f'**{safe(self.title)}**\n\n{self.markdo
 # %% ../nbs/10_report.ipynb #ebe0efe1
 def _ci(x, ci): return f'{x:.1f} [{ci[0]:.1f}, {ci[1]:.1f}]'
 
+def _mark(split): return split if split in ('subset', 'own split', 'file', 'as laid out') else '' # not the published split
+
+def _marked(record, table): # the same table, with a column where its figures are not comparable with published ones
+    mark = _mark(record.result['data'].get('split_source'))
+    return replace(table, rows=[r | dict(split=mark) for r in table.rows]) if mark else table
+
 def summary_table(record:Record) -> Table: # a row for each compared prompt
     "Accuracies with intervals, as in the paper's table 6, and p against the chosen prompt."
     ps = {r['b']: r['p'] for r in record.result['paired'] if r['half'] == 'all'}
     rows = [{'method': m['name'], 'prompt': m['prompt'], 'base': _ci(m['base'], m['base_ci']), 'novel': _ci(m['novel'], m['novel_ci']),
              'H': _ci(m['h'], m['h_ci']), 'p': ps.get(m['name'])} for m in record.result['methods']]
-    return Table('methods', 'Test accuracy with 95 % intervals; p: exact McNemar test of the first prompt against this one', rows)
+    return _marked(record, Table('methods', 'Test accuracy with 95 % intervals; p: exact McNemar test of the first prompt against this one', rows))
 
 def scores_table(record:Record) -> Table: # the same, numbers apart
     "The summary with one number a cell, for programs."
     pick = lambda m: dict(method=m['name'], prompt=m['prompt'], base=m['base'], novel=m['novel'], H=m['h']) | {f'{k}_{e}': m[f'{k}_ci'][i] for k in ('base','novel','h') for i, e in enumerate(('low','high'))}
-    return Table('scores', 'Test accuracy, numbers apart', [pick(m) for m in record.result['methods']])
+    return _marked(record, Table('scores', 'Test accuracy, numbers apart', [pick(m) for m in record.result['methods']]))
 
 # %% ../nbs/10_report.ipynb #668cff08
 def _columns(rows, names): return [{k: r[k] for k in names.split()} for r in rows] # JSON has its keys sorted
@@ -193,11 +199,11 @@ def _columns(rows, names): return [{k: r[k] for k in names.split()} for r in row
 def words_table(record:Record) -> Table: # a row for each part left out
     "Word importance (tables 1 and 19-29 of the paper)."
     rows = [{'left out': r['removed'], 'prompt': r['prompt'], 'base': r['base'], 'novel': r['novel'], 'H': r['h'], 'H lost': r['drop']} for r in record.result['word_importance']]
-    return Table('word_importance', 'Accuracy when words are left out', rows, ('left out', 'prompt'))
+    return _marked(record, Table('word_importance', 'Accuracy when words are left out', rows, ('left out', 'prompt')))
 
 def paired_table(record:Record) -> Table: # three rows a comparison
     "Every paired test, with the images on which the two prompts differ."
-    return Table('paired', 'Exact McNemar tests on the same images; a_only and b_only count images that only one gets right', _columns(record.result['paired'], 'a b half n a_only b_only p'))
+    return _marked(record, Table('paired', 'Exact McNemar tests on the same images; a_only and b_only count images that only one gets right', _columns(record.result['paired'], 'a b half n a_only b_only p')))
 
 def search_table(record:Record) -> Table: # a row for the search and one for its control
     "What was asked, what came back, and why it stopped."
@@ -212,7 +218,7 @@ def transfer_table(record:Record) -> Table: # a row for each target; empty where
     found, rows = record.result.get('transfer') or [], {}
     methods = list(dict.fromkeys(r['method'] for r in found if r['method']))
     for r in found:
-        row = rows.setdefault(r['dataset'], dict(dataset=r['dataset'], classes=r['classes'], images=0, **dict.fromkeys(methods, ''), skipped=''))
+        row = rows.setdefault(r['dataset'], dict(dataset=f"{r['dataset']} ({m})" if (m := _mark(r.get('split'))) else r['dataset'], classes=r['classes'], images=0, **dict.fromkeys(methods, ''), skipped=''))
         if r['skipped']: row['skipped'] = r['skipped']
         else: row.update({'images': r['n'], r['method']: _ci(r['accuracy'], r['interval'])})
     means = {m: f'{a:.1f}' for m, a in transfer_means(found).items()}
@@ -408,7 +414,7 @@ def comparison(record:Record # a run
     methods = record.result['methods']; texts = [_wrap(m['prompt'], 8, 9) for m in methods]
     fig, ax = _sheet(9.4, 4.75 + sum(.3 + .16*len(t) for t in texts)); y = 4.75
     n = record.result['data']['counts']
-    ax.text(.7, .35, f"{record.result['dataset']}: {n['base_test']} base and {n['novel_test']} novel test images, 95 % intervals", size=11, weight='bold')
+    ax.text(.7, .35, f"{record.result['dataset']}{f' ({m})' if (m := _mark(record.result['data'].get('split_source'))) else ''}: {n['base_test']} base and {n['novel_test']} novel test images, 95 % intervals", size=11, weight='bold')
     _bars(_axes(fig, .7, .6, 8.4, 3.7), methods)
     for i, (m, lines) in enumerate(zip(methods, texts)):
         ax.add_patch(FancyBboxPatch((.72, y-.13), .13, .13, boxstyle='square,pad=0', fc=colour(m['name'], i), ec='none'))
@@ -475,7 +481,8 @@ def headline(record:Record # a run
     "The three most interesting numbers."
     r, by = record.result, {m['name']: m for m in record.result['methods']}
     ours, plain, control = r['methods'][0], by.get('default prompt'), by.get('random control')
-    out = [f"H is {_ci(ours['h'], ours['h_ci'])} with the chosen prompt (base {ours['base']:.1f}, novel {ours['novel']:.1f})."]
+    mark = f'; {m}, not comparable with published figures' if (m := _mark(r['data'].get('split_source'))) else ''
+    out = [f"H is {_ci(ours['h'], ours['h_ci'])} with the chosen prompt (base {ours['base']:.1f}, novel {ours['novel']:.1f}{mark})."]
     ps = {row['b']: row['p'] for row in r['paired'] if row['half'] == 'all'}
     for m, what in ((plain, 'the default prompt'), (control, 'the random control at the same budget')):
         if m: out.append(f"Against {what}: {ours['h']-m['h']:+.1f} points of H (from {m['h']:.1f}; paired test p = {ps.get(m['name'], 1.):.2g}).")

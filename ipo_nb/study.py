@@ -110,7 +110,7 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
     ds = data.load_dataset(config.dataset, config.data_root, config.split, verbose=False)
     study = Study(config, ds, notes)
     study.targets() # an unknown name is refused now and not after the search
-    if study.finished: report.load_record(study.folder)
+    if study.finished: study.compare_images(report.load_record(study.folder))
     else: study.check_files(); study.claim()
     return study
 
@@ -183,6 +183,19 @@ def intro(self:Study) -> str: # Markdown
     done = len(read_jsonl(self.folder/'history.jsonl'))
     if done and not self.finished: lines.append(f'an earlier run was cut off after step {done-1}: it goes on from there')
     return '\n'.join(lines)
+
+# %% ../nbs/11_study.ipynb #37a5d4a2
+@patch
+def image_hashes(self:Study) -> dict: # few_shot_images_sha, test_sizes_sha
+    "What is in the image files, as far as it can be had without reading a whole test set."
+    return dict(few_shot_images_sha=data.images_sha(self.few_shot), test_sizes_sha=data.images_sha(self.dataset.test, whole=False))
+
+@patch
+def compare_images(self:Study, record) -> None:
+    "Note where a finished record was made with other image files."
+    known, now = record.manifest.get('data', {}), self.image_hashes()
+    what = [w for k, w in (('few_shot_images_sha', 'few-shot images'), ('test_sizes_sha', 'test images')) if known.get(k, now[k]) != now[k]]
+    if what: self.notes.append(f"the {' and '.join(what)} here are not the files of this record, though their names are the same: choose another out_dir to run with these")
 
 # %% ../nbs/11_study.ipynb #106441a7
 @patch
@@ -284,7 +297,7 @@ def target(self:Study, name:str): # a `Half` with all classes of a dataset, or w
     "The test images of another dataset."
     try:
         ds = data.load_dataset(name, self.config.data_root, verbose=False)
-        return evaluation.Half(ds.classes, scorer.image_features(self.clip, [i.image for i in ds.test]), torch.tensor([i.label for i in ds.test]))
+        return evaluation.Half(ds.classes, scorer.image_features(self.clip, [i.image for i in ds.test]), torch.tensor([i.label for i in ds.test]), ds.split_source)
     except IpoError as e:
         print(f'transfer to {name} is skipped: {e}')
         return str(e).replace(str(self.config.data_root), 'data_root') # a result names no place of this machine
@@ -345,7 +358,7 @@ def manifest(self:Study) -> dict: # manifest.json
     return dict(written=datetime.now(timezone.utc).isoformat(timespec='seconds'), git=_git(), python=platform.python_version(),
                 platform=platform.platform(), versions={p: _version(p) for p in packages}, device=self.config.device,
                 precision=self.config.precision, threads=torch.get_num_threads(), clip=self.clip.describe(), llm=self.llm.describe(), captioner=getattr(self, 'described', None) or dict(spec=self.config.captioner),
-                data=data.describe(self.dataset) | dict(few_shot_sha=data.items_sha(self.few_shot)), seeds=dict(run=self.config.seed), notes=self.notes,
+                data=data.describe(self.dataset) | dict(few_shot_sha=data.items_sha(self.few_shot)) | self.image_hashes(), seeds=dict(run=self.config.seed), notes=self.notes,
                 seconds=self.seconds, cost=self.cost())
 
 # %% ../nbs/11_study.ipynb #873c49aa

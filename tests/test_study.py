@@ -79,6 +79,29 @@ def test_transfer_scores_the_prompts_elsewhere_and_names_what_is_absent(tmp_path
     assert [r['dataset'] for r in table.rows] == ['mini_textures', 'eurosat', 'mean']
     for f in ('report.html', 'report.md', 'tables/transfer.csv'): assert 'eurosat' in (record.path/f).read_text()
 
+def photographs(folder, classes='abcd'):
+    from PIL import Image
+    for c in classes:
+        (folder/c).mkdir(parents=True)
+        for i in range(6): Image.new('RGB', (32, 32), (40*i, 60*'abcd'.index(c), 10)).save(folder/c/f'{i}.png')
+    return dict(dataset='folder', data_root=str(folder), clip='mini', out_dir=str(folder.parent/'runs'))
+
+def test_an_own_split_is_marked_in_record_tables_and_pages(tmp_path):
+    s, record = complete(**photographs(tmp_path/'images'), transfer='folder')
+    assert record.result['data']['split_source'] == 'own split' and {r['split'] for r in record.result['transfer']} == {'own split'}
+    for name in ('methods', 'scores', 'paired', 'word_importance'): assert all('own split' in l for l in (s.folder/'tables'/f'{name}.csv').read_text().splitlines()[1:]), name
+    assert 'folder (own split)' in (s.folder/'tables/transfer.md').read_text().replace('&#95;', '_')
+    for f in ('report.html', 'report.md'): assert 'own split, not comparable with published figures' in (s.folder/f).read_text()
+
+def test_a_finished_run_says_when_its_images_were_others(tmp_path):
+    from PIL import Image
+    params = photographs(tmp_path/'images'); s, record = complete(**params)
+    assert len(record.manifest['data']['few_shot_images_sha']) == len(record.manifest['data']['test_sizes_sha']) == 64
+    assert not any('not the files' in n for n in study.open_study(quick | params).notes)
+    path = Path(s.few_shot[0].image.path); Image.new('RGB', (32, 32), (1, 2, 3)).save(path)
+    again = study.open_study(quick | params)
+    assert again.finished and any('the few-shot images here are not the files of this record' in n for n in again.notes) and 'not the files' in again.intro()
+
 # --- mistakes, in this process ---
 
 @pytest.mark.parametrize('params, said', [
