@@ -267,15 +267,23 @@ def odd_words(prompt:str # any text
     return [w for w in re.findall(r"[^\W\d_]+", re.sub(r"['’]\w+", '', prompt.replace(PLACEHOLDER, ' '))) if odd(w)]
 
 # %% ../nbs/08_evaluation.ipynb #18974c0f
+_DANGLING = set('a an the of in on with and or to at by for from as'.split())
+
+def _repeated(words): # three words that come twice, or a long word that comes three times
+    words = [w.lower() for w in words]; runs = [' '.join(words[i:i+3]) for i in range(len(words)-2)]
+    return next((r for r in runs if runs.count(r) > 1), '') or next((w for w in words if len(w) > 3 and words.count(w) > 2), '')
+
 def unreadable(prompt:str # text with `<CLASS>`
               ) -> str: # why, or '' for a prompt that can be read
     "The reason why a person could not read a prompt."
     text = prompt.replace(PLACEHOLDER, '|').strip()
     words, odd = re.findall(r"[^\W\d_]+", text), odd_words(prompt)
-    twice = re.search(r"\b(\w+)\s+\1\b", text, flags=re.I)
+    twice, again = re.search(r"\b(\w+)\s+\1\b", text, flags=re.I), _repeated(words)
     letters = sum(c.isalpha() or c in ' |' for c in text)
     if len(odd) > 1 and len(odd) >= len(words)/4: return f"{len(odd)} of its {len(words)} words look like none: {', '.join(odd[:5])}"
     if twice: return f"it says '{twice[1]}' twice running"
+    if again: return f"it says '{again}' again and again"
+    if words and words[-1].lower() in _DANGLING and not text.rstrip(_MARKS).endswith('|'): return f"it breaks off after '{words[-1]}'"
     if len(text) > 2 and letters < .7*len(text): return "it is mostly signs and digits"
     return ''
 

@@ -370,14 +370,19 @@ def load_smollm2(device='auto' # auto, cpu or cuda
 
 # %% ../nbs/02_llm.ipynb #f3281e8b
 _SLOT = '{}' # a placeholder that is one token
-_ODD = r'[<>{}()\[\]|\\#*_=+`"$@%^~/.!?;:\d\x00-\x1f]' # in no word of a caption
+_ODD = r'[<>{}()\[\]|\\#*_=+`"$@%^~/.!?;:\d\x00-\x1f]|^\s+(\W|$)' # in no word of a caption
+_LOOSE = set("""a an the of on in at by for from to with without and or as is are was were be been has have had it its his her our your their my this
+that these those which who when where what than into onto over under like very so such if but not no some any each every can could will would there""".split())
 
 class SlotOnce:
     "A logits processor: plain words, one line, and the slot exactly once."
     def __init__(self, tok, vocab:int, bonus:float=3.):
         text = [tok.decode([i]) for i in range(vocab)]
-        self.slot = tok.encode(' ' + _SLOT, add_special_tokens=False)[0]
-        self.ends = [i for i, t in enumerate(text) if i == tok.eos_token_id or re.fullmatch(r'\s*[.!?\n]\s*', t)]
+        find = lambda ok: [i for i, t in enumerate(text) if ok(t)]
+        self.slot, self.bonus = tok.encode(' ' + _SLOT, add_special_tokens=False)[0], bonus
+        self.ends = find(lambda t: re.fullmatch(r'\s*[.!?\n]\s*', t)) + [tok.eos_token_id]
+        self.commas, self.glued = find(lambda t: t == ','), find(lambda t: t[:1].isalnum())
+        self.loose = set(find(lambda t: t.strip().lower() in _LOOSE or not t[-1:].isalnum())) - {self.slot, *self.ends}
         self.after = torch.tensor([-torch.inf if not t.isascii() or re.search(_ODD, t) else 0. for t in text])
         self.before = self.after.clone()
         self.before[self.ends], self.after[self.ends] = -torch.inf, 0.
@@ -393,13 +398,23 @@ def begin(self:SlotOnce, start:int, # length of the prefix in tokens
     self.start, self.known, self.least = start, set(map(tuple, lines)), least
 
 @patch
+def barred(self:SlotOnce, new:list # tokens of a line so far
+          ) -> list: # tokens that cannot come next
+    "What would repeat a pair or a comma, glue a word to the slot, or end the line too early."
+    out = [b for a, b in zip(new, new[1:]) if a == new[-1]] + self.commas*any(i in new for i in self.commas)
+    if len(new) < self.least or tuple(new) in self.known or new[-1] in self.loose: out += self.ends
+    return out + self.glued*(not new or new[-1] == self.slot)
+
+# %% ../nbs/02_llm.ipynb #5ab0c3d1
+@patch
 def __call__(self:SlotOnce, ids, scores):
-    new = ids[:, self.start:]
-    seen = (new == self.slot).any(1, keepdim=True)
-    out = scores + torch.where(seen, self.after.to(scores), self.before.to(scores))
-    goes_on = torch.tensor([len(row) < self.least or tuple(row) in self.known for row in new.tolist()])
-    ends = torch.zeros_like(out, dtype=torch.bool); ends[:, self.ends] = True
-    return out.masked_fill(ends & goes_on.to(out.device)[:, None], -torch.inf)
+    out = scores.clone()
+    for row, new in zip(out, ids[:, self.start:].tolist()):
+        done = self.slot in new
+        row += (self.after if done else self.before).to(row)
+        row[self.ends if done else self.slot] += .1*self.bonus*max(0, len(new) - 10)
+        row[self.barred(new)] = -torch.inf
+    return out
 
 # %% ../nbs/02_llm.ipynb #055b55f3
 @contextlib.contextmanager
@@ -432,9 +447,10 @@ class SmolLM2(LLM):
         return [self._reply(row, ids.shape[1]*(i == 0)) for i, row in enumerate(rows)]
 
     def _reply(self, row, tokens_in):
-        text = self.tok.decode(row, skip_special_tokens=True)
-        note = '' if set(row) & set(self.once.ends) else f'cut at {len(row)} tokens'
-        return Reply(f'<INS>{text.strip().replace(_SLOT, PLACEHOLDER)}</INS>', tokens_in, sum(t != self.tok.eos_token_id for t in row), note, int(tokens_in > 0))
+        wrote, note = sum(t != self.tok.eos_token_id for t in row), '' if set(row) & set(self.once.ends) else f'cut at {len(row)} tokens'
+        while row and row[-1] in self.once.loose: row = row[:-1] # where the limit cut it
+        text = self.tok.decode(row, skip_special_tokens=True).strip()
+        return Reply(f'<INS>{text.replace(_SLOT, PLACEHOLDER)}</INS>', tokens_in, wrote, note, int(tokens_in > 0))
 
     def describe(self):
         return super().describe() | dict(model=SMOLLM2, **self.source, sampling=self.sampling.given(), bonus=3., versions=_versions('torch', 'transformers'))

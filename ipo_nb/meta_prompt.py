@@ -18,6 +18,7 @@ from .core import *
 class Memory:
     "Every scored prompt, of which the best `size` are shown (paper, section 3)."
     size:int=20                # how many are shown; 0 shows none
+    extremes:bool=False        # half of them the best and half the worst, and not the best alone
     pinned:str=DEFAULT_PROMPT  # always among the shown once it is scored; '' for no such prompt
     scored:dict=field(default_factory=dict) # prompt -> `Scored`
 
@@ -45,9 +46,10 @@ def best(self:Memory) -> Scored: # highest accuracy, then lowest loss, then text
 
 @patch
 def shown(self:Memory) -> tuple: # `Scored` records, worst first and best last
-    "The prompts that the optimizer is shown: the best `size`, the pinned one among them."
-    top, pin = self.ranked()[:self.size], self.scored.get(self.pinned)
-    if self.size and pin and pin not in top: top[-1] = pin
+    "The prompts that the optimizer is shown: the best `size` (or the extremes), the pinned one among them."
+    all_, low = self.ranked(), self.size//2 if self.extremes and len(self.scored) > self.size else 0
+    top, pin = all_[:self.size-low] + all_[len(all_)-low:], self.scored.get(self.pinned)
+    if self.size and pin and pin not in top: top[self.size-low-1] = pin
     return tuple(sorted(top, key=lambda s: s.key, reverse=True))
 
 # %% ../nbs/07_meta_prompt.ipynb #f30f880e
@@ -104,14 +106,15 @@ def memory_part(scored, with_loss=True, with_accuracy=True) -> str: # one prompt
 # %% ../nbs/07_meta_prompt.ipynb #f4367983
 def answer_part(n:int=5,     # how many new prompts
                 with_loss=True, with_accuracy=True, # is the number shown?
-                after=True   # does a list of old prompts stand above?
+                after=True,  # does a list of old prompts stand above?
+                max_words=0  # longest prompt, in words; 0: not said
                ) -> str: # third instruction
     "What to write, and in which form."
     many, other = ("one new prompt", "") if n == 1 else (f"{n} new prompts", " and from each other")
     new = f"different from all prompts above{other}" if after else "different from each other" if n > 1 else "of your own"
     aim = ' and '.join(["a lower loss"]*with_loss + ["a higher accuracy"]*with_accuracy) or "a better result"
     return (f"Write {many}, {new}, that should reach {aim}. Keep {PLACEHOLDER} exactly once in each, name no class, "
-            "and write short plain English. Put each prompt between <INS> and </INS>, and write nothing else.")
+            f"and write short plain English{f' of at most {max_words} words' if max_words else ''}. Put each prompt between <INS> and </INS>, and write nothing else.")
 
 # %% ../nbs/07_meta_prompt.ipynb #6cc5cec0
 def listing_part(scored,          # `Scored` records, worst first
@@ -133,7 +136,8 @@ def build_meta_prompt(memory:Memory,         # its `shown()` goes into the messa
                       names=(),              # class names to be masked in the descriptions
                       with_descriptions=True,# ablation: False leaves the descriptions out
                       with_loss=True,        # ablation: False hides the loss
-                      with_accuracy=True     # ablation: False hides the accuracy
+                      with_accuracy=True,    # ablation: False hides the accuracy
+                      max_words=0            # longest prompt, in words; 0: not said
                      ) -> MetaPrompt: # the request in the three forms that optimizers read
     "The paper's message (section 3): instruction, descriptions, instruction, memory, instruction."
     if n < 1: raise IpoError(f"cannot ask for {n} new prompts: ask for at least 1.")
@@ -141,7 +145,7 @@ def build_meta_prompt(memory:Memory,         # its `shown()` goes into the messa
     texts = [mask_classes(getattr(d, 'text', d), names)[0] for d in descriptions] if with_descriptions else []
     parts = [task_part(), descriptions_part(texts)]
     if shown: parts += [meaning_part(with_loss, with_accuracy), memory_part(shown, with_loss, with_accuracy)]
-    parts.append(answer_part(n, with_loss, with_accuracy, after=bool(shown)))
+    parts.append(answer_part(n, with_loss, with_accuracy, bool(shown), max_words))
     return MetaPrompt('\n\n'.join(filter(None, parts)), listing_part(shown, texts, with_loss, with_accuracy), shown, n)
 
 # %% ../nbs/07_meta_prompt.ipynb #d0f545ea

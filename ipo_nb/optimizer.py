@@ -92,6 +92,8 @@ class Search:
     rules:list=()           # when to stop
     candidates:int=5        # prompts asked for in a step
     memory_size:int=20      # scored prompts shown
+    extremes:bool=False     # the best and the worst of them, and not the best alone
+    told:dict=field(default_factory=dict) # settings of `build_meta_prompt`: with_loss, with_accuracy, max_words
     seed:int=1              # of the optimizer's sampling
     too_long:object=None    # `too_long(prompt) -> bool`
     max_scored:int=None     # score no more prompts than this (for a control at equal budget)
@@ -99,7 +101,7 @@ class Search:
 
     def __post_init__(self):
         self.spent, self.lines, self.scored, self.level = Spent(prices=self.prices), [], {}, 0
-        self.memory = Memory(self.memory_size)
+        self.memory = Memory(self.memory_size, self.extremes)
         for line in read_jsonl(self.journal): self.apply(line)
 
 # %% ../nbs/09_optimizer.ipynb #3e6ff6a8
@@ -129,7 +131,7 @@ def meta_prompt(self:Search,    # with its memory as it is now
                ) -> MetaPrompt: # for the next step
     "The next message to the optimizer."
     texts, memory = shorten(self.descriptions, self.memory, level)
-    return build_meta_prompt(memory, texts, self.candidates)
+    return build_meta_prompt(memory, texts, self.candidates, **self.told)
 
 # %% ../nbs/09_optimizer.ipynb #b1a98f1c
 @patch
@@ -236,11 +238,11 @@ def summary(self:Search, why:str # the reason for stopping
 def shown(self:Search) -> list: # dicts: step, message, listing, memory
     "The memory and the messages of the first, the middle and the last step, rebuilt from the journal."
     last, out = self.spent.steps, []
-    memory = Memory(self.memory_size)
+    memory = Memory(self.memory_size, self.extremes)
     for line in self.lines:
         if line['step'] in {1, (last+1)//2, last} - {0}:
             texts, part = shorten(self.descriptions, memory, line.get('shortened', 0))
-            meta = build_meta_prompt(part, texts, self.candidates)
+            meta = build_meta_prompt(part, texts, self.candidates, **self.told)
             out.append(dict(step=line['step'], sent={'scored': 'memory'}.get(reads := getattr(self.llm, 'reads', 'message'), reads), message=meta.message, listing=meta.listing,
                             memory=[asdict(s) for s in meta.scored]))
         for c in line['candidates']:
