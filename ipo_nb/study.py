@@ -346,13 +346,15 @@ def tried(self:Study, base, novel) -> dict: # tried: rows of by, step, prompt, l
 # %% ../nbs/11_study.ipynb #d029c8fb
 @patch
 def target(self:Study, name:str): # a `Half` with all classes of a dataset, or why it cannot be had
-    "The test images of another dataset."
+    "The test images of another dataset; that of a user's own `folder` is looked for beside it."
+    root = str(self.config.data_root)
+    if self.config.dataset == 'folder' != name: root = str(Path(root).resolve().parent)
     try:
-        ds = data.load_dataset(name, self.config.data_root, verbose=False)
+        ds = data.load_dataset(name, root if self.config.data_root else None, verbose=False)
         return evaluation.Half(ds.classes, scorer.image_features(self.clip, [i.image for i in ds.test]), torch.tensor([i.label for i in ds.test]), ds.split_source)
     except IpoError as e:
         print(f'transfer to {name} is skipped: {e}')
-        return str(e).replace(str(self.config.data_root), 'data_root') # a result names no place of this machine
+        return str(e).replace(f'data_root {root}', 'data_root').replace(root, 'data_root') # a result names no place of this machine
 
 @patch
 def transferred(self:Study) -> list: # rows of `evaluation.transfer`

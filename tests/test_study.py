@@ -93,6 +93,15 @@ def test_an_own_split_is_marked_in_record_tables_and_pages(tmp_path):
     assert 'folder (own split)' in (s.folder/'tables/transfer.md').read_text().replace('&#95;', '_')
     for f in ('report.html', 'report.md'): assert 'own split, not comparable with published figures' in (s.folder/f).read_text()
 
+def test_datasets_beside_a_folder_of_ones_own_are_found(tmp_path):
+    params = photographs(tmp_path/'mine'); params['data_root'] = os.path.relpath(params['data_root'])
+    s = study.open_study(quick | params | dict(transfer='eurosat'))
+    said = s.target('eurosat'); assert said.startswith('data_root holds no folder eurosat') and 'data_root data_root' not in said and str(tmp_path) not in said
+    assert s.target('folder').split == 'own split'
+    for c in ('AnnualCrop', 'Forest', 'River'):
+        (tmp_path/'eurosat'/'2750'/c).mkdir(parents=True)
+    said = s.target('eurosat'); assert said.startswith('there is no split_zhou_EuroSAT.json in data_root') and str(tmp_path) not in said
+
 def test_a_finished_run_says_when_its_images_were_others(tmp_path):
     from PIL import Image
     params = photographs(tmp_path/'images'); s, record = complete(**params)
