@@ -408,7 +408,10 @@ def prepare(self:Learner, task:Task, settings:dict # what to learn, and how
     for tower in self.needs:
         if not has[tower]:
             raise IpoError(f"{self.title} puts learned tokens into {_TOWERS[tower]}, and {task.clip.spec} has none: use mini or ViT-B-16/openai, or leave {self.name} out of peers.")
-    self.used, self.learned = settings, self.build(task, settings).to(task.clip.device)
+    self.used = settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for('peers', task.seed, self.name))
+        self.learned = self.build(task, settings).to(task.clip.device)
 
 @patch
 def fit(self:Learner, task, settings):
