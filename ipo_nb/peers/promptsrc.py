@@ -36,7 +36,7 @@ def agreement(mine,   # learned: image features [B, D], text features [C, D], lo
              ) -> torch.Tensor: # scalar, 0 where the two agree
     "How far the prompts have led away from CLIP (PromptSRC section 3.2)."
     (f, g, l), (f0, g0, l0) = mine, frozen
-    kl = F.kl_div(l.log_softmax(-1), l0.log_softmax(-1), reduction='mean', log_target=True)
+    kl = F.kl_div(l.log_softmax(-1), l0.log_softmax(-1), reduction='sum', log_target=True)/l.numel()
     return text_weight*F.l1_loss(g, g0) + image_weight*F.l1_loss(f, f0) + kl
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #6dc3bcfc
