@@ -210,9 +210,10 @@ class Images:
 # %% ../../nbs/peers/00_base.ipynb #95af83de
 def _normalise(clip, pictures, flips):
     "A batch [B, 3, H, W] of uint8 pictures as the model wants it."
-    mean, std = (torch.tensor(clip.transform[k]).view(3, 1, 1) for k in ('mean', 'std'))
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return (torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x).float()/255 - mean)/std
+    mean, std = (255*torch.tensor(clip.transform[k]).view(3, 1, 1) for k in ('mean', 'std'))
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    x[flips] = x[flips].flip(-1)
+    return x.sub_(mean).div_(std)
 
 @patch
 def pixels(self:Images,
