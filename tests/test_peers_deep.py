@@ -70,7 +70,7 @@ def test_the_first_text_prompt_alone_is_the_default_prompt(kind):
     task, peer = make(), kind(); peer.prepare(task, peer.settings(2, depth=1))
     text, image = peer.prompts(); peer.prompts = lambda: (text, image)
     if kind is CoPrompt:
-        with torch.no_grad(): peer.learned['text'].up.zero_()
+        with torch.no_grad(): peer.learned['text'].up.weight.zero_()
     want = text_features(task.clip, ['a photo of a <CLASS>.'], task.novel)[0]
     assert torch.allclose(peer.text(task, task.novel), want, atol=1e-6)
     with torch.no_grad(): text += torch.randn(text.shape, generator=torch.Generator().manual_seed(0))
@@ -143,10 +143,10 @@ def test_settings_of_the_papers():
 
 def test_parameters_of_the_papers():
     "ViT-B/16 with its 512 and 768 wide towers: MaPLe's 3.55 M and PromptSRC's 46 thousand."
-    gen, count = torch.Generator(), lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-    maple = Coupled(torch.zeros(2, 512), 9, 768, gen)
-    assert count(maple) == 3_555_072 and count(Independent(torch.zeros(4, 512), (9, 9), 768, gen)) == 46_080
-    assert count(maple, Adapter(512, .1, gen), Adapter(512, .2, gen)) == 3_817_216
+    count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    maple = Coupled(torch.zeros(2, 512), 9, 768)
+    assert count(maple) == 3_555_072 and count(Independent(torch.zeros(4, 512), (9, 9), 768)) == 46_080
+    assert count(maple, Adapter(512, .1), Adapter(512, .2)) == 3_817_216
 
 def test_coprompt_asks_about_base_classes_only():
     from ipo_nb.llm import Mock

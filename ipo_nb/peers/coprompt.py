@@ -17,13 +17,14 @@ from ..scorer import text_features
 # %% ../../nbs/peers/05_coprompt.ipynb #bf76065d
 class Adapter(torch.nn.Module):
     "A residual bottleneck on features (CoPrompt section 3)."
-    def __init__(self, width, share, gen, reduction=4): # feature width, share of the new, generator
+    def __init__(self, width, share, reduction=4): # feature width, share of the new
         super().__init__()
-        uniform = lambda *size: torch.nn.Parameter((2*torch.rand(*size, generator=gen) - 1)*size[0]**-.5)
-        self.down, self.up, self.share = uniform(width, width//reduction), uniform(width//reduction, width), share
+        self.down, self.up = (torch.nn.Linear(a, b, bias=False) for a, b in ((width, width//reduction), (width//reduction, width)))
+        self.share = share
 
     def forward(self, x):
-        return (1 - self.share)*x + self.share*((x.to(self.down.dtype) @ self.down).relu() @ self.up).relu()
+        new = self.up(self.down(x.to(self.down.weight.dtype)).relu()).relu()
+        return (1 - self.share)*x + self.share*new
 
 # %% ../../nbs/peers/05_coprompt.ipynb #56971cb5
 def told(task, n:int # sentences a class
@@ -46,8 +47,7 @@ class CoPrompt(MaPLe):
 
     def build(self, task, settings):
         prompts, width = super().build(task, settings), task.clip.model.visual.output_dim
-        gen = torch.Generator().manual_seed(seed_for('peers', task.seed, self.name, 'adapters'))
-        adapters = {side: Adapter(width, settings[f'{side}_share'], gen) for side in ('text', 'image')}
+        adapters = {side: Adapter(width, settings[f'{side}_share']) for side in ('text', 'image')}
         return torch.nn.ModuleDict(dict(prompts=prompts, **adapters))
 
     def prompts(self): return self.learned['prompts'].text, self.learned['prompts'].image

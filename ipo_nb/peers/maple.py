@@ -81,24 +81,24 @@ def tower_shape(clip:Clip # with a ViT image tower
     return t.position.shape[1], len(t.blocks), v.conv1.out_channels, len(v.transformer.resblocks)
 
 @patch
-def start(self:DeepLearner, task, settings) -> tuple: # generator, first words [n, W] on the CPU
-    "Random numbers and the first text prompt. Raises `IpoError` for settings without anything to learn."
+def start(self:DeepLearner, task, settings) -> torch.Tensor: # [n, W], on the CPU
+    "The first text prompt. Raises `IpoError` for settings without anything to learn."
     for k in ('depth', 'n_ctx'):
         if settings[k] < 1: raise IpoError(f"{k} of {self.title} is {settings[k]}, which leaves nothing to learn: give 1 or more.")
     first, n, self.kept = word_vectors(task.clip, settings['init']).cpu(), settings['n_ctx'], {}
     if n > len(first): raise IpoError(f"n_ctx of {self.title} is {n}, and init '{settings['init']}' has {len(first)} tokens: give a longer init or a smaller n_ctx.")
     shape = tower_shape(task.clip); cut = [f'{s} tower has {b}' for s, b in (('text', shape[1]), ('image', shape[3])) if b < settings['depth']]
     self.note = f"depth {settings['depth']} was cut: the {' and the '.join(cut)} blocks." if cut else ''
-    return torch.Generator().manual_seed(seed_for('peers', task.seed, self.name)), first[:n]
+    return first[:n]
 
 # %% ../../nbs/peers/03_maple.ipynb #4bc5dc00
 class Coupled(torch.nn.Module):
     "Text prompts, and the linear maps that make image prompts of them (MaPLe section 3.2)."
-    def __init__(self, first, depth, width, gen): # first prompt [n, W], J, width of the image tower, generator
+    def __init__(self, first, depth, width): # first prompt [n, W], J, width of the image tower
         super().__init__()
         n, w = first.shape
-        uniform = lambda *size: torch.nn.Parameter((2*torch.rand(*size, generator=gen) - 1)*w**-.5) # as nn.Linear starts
-        self.text = torch.nn.Parameter(torch.cat([first[None], .02*torch.randn(depth - 1, n, w, generator=gen)]))
+        uniform = lambda *size: torch.nn.Parameter((2*torch.rand(*size) - 1)*w**-.5) # as nn.Linear starts
+        self.text = torch.nn.Parameter(torch.cat([first[None], .02*torch.randn(depth - 1, n, w)]))
         self.maps, self.shifts = uniform(depth, w, width), uniform(depth, width)
 
     @property
@@ -112,8 +112,7 @@ class MaPLe(DeepLearner):
                                epochs=5, batch_size=4, lr=.0035)      # section 4.1
 
     def build(self, task, settings):
-        gen, first = self.start(task, settings)
         _, text, width, image = tower_shape(task.clip)
-        return Coupled(first, min(settings['depth'], text, image), width, gen)
+        return Coupled(self.start(task, settings), min(settings['depth'], text, image), width)
 
     def loss(self, task, batch, settings): return F.cross_entropy(self.views(task, batch)[2], batch.labels)

@@ -17,11 +17,10 @@ from ..scorer import text_features
 # %% ../../nbs/peers/04_promptsrc.ipynb #69d6decf
 class Independent(torch.nn.Module):
     "Deep prompts of both towers, learned apart."
-    def __init__(self, first, depths, width, gen): # first text prompt [n, W], blocks of both towers, width of the image tower, generator
+    def __init__(self, first, depths, width): # first text prompt [n, W], blocks of both towers, width of the image tower
         super().__init__()
-        noise = lambda *size: .02*torch.randn(*size, generator=gen)
-        text = torch.cat([first[None], noise(depths[0] - 1, *first.shape)])
-        self.text, self.image = map(torch.nn.Parameter, (text, noise(depths[1], len(first), width)))
+        text = torch.cat([first[None], .02*torch.randn(depths[0] - 1, *first.shape)])
+        self.text, self.image = map(torch.nn.Parameter, (text, .02*torch.randn(depths[1], len(first), width)))
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #36904bd4
 def ensemble(clip, names, templates): # [C, D] unit length, frozen
@@ -53,9 +52,8 @@ class PromptSRC(DeepLearner):
         text_weight=25., image_weight=10., mean=15., std=1.) # section 4.1; the bell of the aggregation, base-to-novel
 
     def build(self, task, settings):
-        gen, first = self.start(task, settings); self.mean = None
-        _, text, width, image = tower_shape(task.clip)
-        return Independent(first, (min(settings['depth'], text), min(settings['depth'], image)), width, gen)
+        (_, text, width, image), J, self.mean = tower_shape(task.clip), settings['depth'], None
+        return Independent(self.start(task, settings), (min(J, text), min(J, image)), width)
 
     def fit(self, task, settings):
         if settings['std'] <= 0: raise IpoError(f"std of {self.title} is {settings['std']}: give the width of a bell in epochs, such as 1.")
