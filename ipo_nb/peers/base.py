@@ -308,7 +308,7 @@ def _step(params, opt, scaler, loss_fn, batch, settings):
     scaler.scale(loss).backward(); scaler.step(opt); scaler.update()
     return loss.item()
 
-def _checked(params, step, n, settings):
+def _guarded(step, params, n, settings):
     "The loss of `step()`; undoes it and raises where it left the numbers or the memory."
     good = [p.detach().clone() for p in params]
     try: loss = step()
@@ -336,7 +336,7 @@ def train(parameters, # tensors that require gradients
         total = 0.
         for batch in images.batches(epoch, settings['batch_size']):
             n += 1; step = lambda: _step(params, opt, scaler, loss_fn, batch, settings)
-            total += _checked(params, step, n, settings) * len(batch.rows)
+            total += _guarded(step, params, n, settings) * len(batch.rows)
         losses.append(total/len(images))
         if each_epoch: each_epoch(epoch)
     return losses
@@ -379,7 +379,7 @@ def _checked(self:Peer, key, value):
 def cost(parameters:int=0, images:int=0, # trained numbers; images seen in training, with repetition
          calls:int=0, tokens_in:int=0, tokens_out:int=0 # of an LLM
         ) -> dict: # for the record of a run
-    "What a method spends (section 4 of issue and table)."
+    "What a method spends, for the cost columns of the tables."
     return dict(parameters=parameters, images=images, calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
 
 # %% ../../nbs/peers/00_base.ipynb #2c74cdb2
