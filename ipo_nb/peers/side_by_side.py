@@ -83,16 +83,18 @@ def check_task(task # `Task`
         if n != task.shots: raise IpoError(f"shots is {task.shots}, and there are {n} few-shot images of '{name}': choose another number of shots, or add images.")
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #acf936ad
+def _reads(peer): return (*getattr(peer, 'needs', ()), *getattr(peer, 'uses', ())) # what it cannot do without, and what it takes where it is there
+
 def identity(peer, settings:dict, task # a `Peer`, its complete settings, `Task`
             ) -> dict: # JSON
     "All that a peer's result depends on."
     from ipo_nb.data import items_sha
-    needs = getattr(peer, 'needs', ())
+    reads = _reads(peer)
     clip = dict(weights=task.clip.weights[1], transform=sha(task.clip.transform), precision=task.clip.precision)
     out = dict(peer=peer.name, settings=settings, clip=clip, shots=task.shots, seed=task.seed, template=task.template,
                few_shot=items_sha(task.few_shot), base=sha(task.base, items_sha(task.test['base'])), novel=sha(task.novel, items_sha(task.test['novel'])))
-    if 'llm' in needs and task.llm: out['llm'] = dict(spec=task.llm.spec, asked=task.llm.asked)
-    if 'scored' in needs: out['scored'] = sha(sorted(s.key for s in task.scored))
+    if 'llm' in reads and task.llm: out['llm'] = dict(spec=task.llm.spec, asked=task.llm.asked)
+    if 'scored' in reads: out['scored'] = sha(sorted(s.key for s in task.scored))
     return out
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #7706faee
@@ -133,7 +135,7 @@ def _facts(task): # of the data
 PEER_FORMAT = 1 # of a peer's result.json
 
 def _result(name, dataset, peer, settings, task, facts, cost): # result.json
-    chosen = dict(clip=task.clip.spec, shots=task.shots, seed=task.seed) | (dict(llm=task.llm.spec) if 'llm' in getattr(peer, 'needs', ()) else {})
+    chosen = dict(clip=task.clip.spec, shots=task.shots, seed=task.seed) | (dict(llm=task.llm.spec) if 'llm' in _reads(peer) and task.llm else {})
     own = _facts(task); facts = facts or {}
     return dict(format=PEER_FORMAT, dataset=dataset, method=name, title=peer.title, kind=peer.kind, source=peer.source, settings=settings | chosen,
                 data=own | facts | dict(counts=facts.get('counts', {}) | own['counts']), cost=cost, evaluation=_evaluate(peer, task).to_dict(),
@@ -143,7 +145,7 @@ def _manifest(task, peer, seconds): # manifest.json
     import torch
     gpu = dict(gpu_memory_mib=torch.cuda.max_memory_allocated()//2**20) if task.clip.device == 'cuda' else {}
     return dict(seconds=seconds, python=platform.python_version(), versions={p: version(p) for p in ('torch', 'open_clip_torch', 'numpy')}, **gpu,
-                threads=torch.get_num_threads(), clip=task.clip.describe(), llm=task.llm.describe() if 'llm' in getattr(peer, 'needs', ()) else None)
+                threads=torch.get_num_threads(), clip=task.clip.describe(), llm=task.llm.describe() if 'llm' in _reads(peer) and task.llm else None)
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #5c317d6a
 def load_peer_record(folder # of a peer's run
@@ -187,7 +189,7 @@ def _run(name, peer, settings, task, dataset, facts, spent, config):
     folder, start = task.folder, time.perf_counter()
     write_json(folder/'config.json', config)
     learned = _learn(peer, settings, task)
-    before = spent if spent and 'scored' in getattr(peer, 'needs', ()) else {}
+    before = spent if spent and 'scored' in _reads(peer) else {}
     result = _result(name, dataset, peer, settings, task, facts, learned['cost'] | {k: v for k, v in before.items() if k != 'seconds'})
     seconds = dict(learn=round(learned['seconds'] + before.get('seconds', 0), 2), whole=round(time.perf_counter() - start, 2))
     write_json(folder/'manifest.json', _manifest(task, peer, seconds))
@@ -483,7 +485,7 @@ def peer_scatter(rows:list, # of `Summary`, one dataset, CLIP and shots
     for s, x in zip(rows, spent):
         if s.ci: ax.plot([x or none]*2, s.ci['h'], color=peer_colour(s.method, s.kind), lw=1, alpha=.35, zorder=2)
         ax.scatter([x or none], [s.h], s=55, color=peer_colour(s.method, s.kind), zorder=3)
-    ax.set(xscale='log', xlim=(none/2.5, most*8), ylabel='harmonic mean H (%)', xlabel=f'{COST_AXES[cost]}, logarithmic')
+    ax.set(xscale='log', xlim=((none/2.5 if 0 in spent else least/3), most*8), ylabel='harmonic mean H (%)', xlabel=f'{COST_AXES[cost]}, logarithmic')
     _finish(ax, none, least, most, 0 in spent); _legend(fig, rows)
     ax.set_title(f'{where}: accuracy and cost, mean of {_seeds(rows)}', pad=10)
     _places(ax, [(x or none, s.h) for s, x in zip(rows, spent)], [s.title for s in rows], none)

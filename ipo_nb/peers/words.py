@@ -77,7 +77,7 @@ class IpoTop(WordsPeer):
 
 # %% ../../nbs/peers/06_words.ipynb #ea2e9150
 @lru_cache
-def waffle_words() -> tuple: # sorted English-looking words
+def waffle_words() -> tuple: # sorted
     "The whole words of CLIP's own vocabulary, of 3 to 12 plain letters."
     return tuple(sorted(w for w in _known()[0] if w.isascii() and w.isalpha() and 3 <= len(w) <= 12))
 
