@@ -20,6 +20,8 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .core import *
 from . import captioning, data, evaluation, llm, meta_prompt, optimizer, report, scorer
+from .peers import side_by_side
+from .peers.base import Task
 
 # %% ../nbs/11_study.ipynb #07085ed6
 _namespace = {'In', 'Out', 'exit', 'quit', 'open', 'get_ipython'}
@@ -127,7 +129,7 @@ def find_study(params:dict # `globals()` of the notebook, or a dict of parameter
     optimizer.stop_rules(config) # refuses a limit of cost without a price
     scorer.check_spec(config.clip)
     study = Study(config, data.load_dataset(config.dataset, config.data_root, config.split, verbose=False), notes)
-    study.targets(), study.held() # what cannot be is refused now and not after the search
+    study.targets(), study.held(), side_by_side.parse_peers(config.peers) # what cannot be is refused now and not after the search
     if study.finished: study.compare_images(report.load_record(study.folder))
     return study
 
@@ -431,6 +433,41 @@ def images(self:Study) -> list: # PIL images
     "The few-shot images, in the order of the record."
     return [i.image.open() for i in self.few_shot]
 
+# %% ../nbs/11_study.ipynb #9ee25001
+@patch
+def task(self:Study, record:report.Record) -> Task: # of this study, after its run
+    "What the peers see."
+    c, test = self.config, {half: data.subset(self.dataset.test, half, self.dataset) for half in ('base', 'novel')}
+    model = llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, max_tokens=c.reply_tokens, timeout=c.timeout)
+    return Task(self.clip, *self.halves, self.few_shot, test, self.dataset.card.template, c.shots, c.seed, llm=model, scored=report.scored(record.history))
+
+@patch
+def variant(self:Study, **changes # fields of `RunConfig`
+           ) -> report.Record: # a finished run
+    "The same search with other settings, as a run of its own; without control and transfer."
+    other = Study(self.config.model_copy(update=dict(control=False, every_prompt=False, transfer=None, peers=None) | changes), self.dataset, self.notes)
+    if not other.finished: other.claim(); other.describe(); other.search(); other.run_control()
+    return other.finish()
+
+# %% ../nbs/11_study.ipynb #9ee25002
+def _spent(record):
+    "What a search has cost, for the peers that go on from it."
+    c, s = record.result['cost'].values(), record.manifest.get('seconds', {})
+    return {k: sum(x.get(k, 0) for x in c) for k in ('calls', 'tokens_in', 'tokens_out')} | dict(images=len(record.result['few_shot']), seconds=s.get('search', 0) + s.get('describe', 0))
+
+@patch
+def run_peers(self:Study, record:report.Record) -> list: # records, as `side_by_side.load_records`; [] without peers
+    "Run or read each peer, this run first. One that cannot be run is told with its reason and left out."
+    if not self.config.peers: return []
+    task, out, r = self.task(record), side_by_side.search_records(record), record.result['data']
+    facts, spent = {k: r[k] for k in ('split_sha', 'split_source')}, _spent(record)
+    for name in progress(side_by_side.parse_peers(self.config.peers, task), 'peers', unit='method'):
+        try:
+            if name in side_by_side.SEARCHES: out += side_by_side.search_records(self.variant(**side_by_side.SEARCHES[name]))
+            else: out.append(side_by_side.run_peer(name, task, self.config.out_dir, self.config.dataset, facts, spent))
+        except IpoError as e: print(f'peer {name} is left out: {e}')
+    return out
+
 # %% ../nbs/11_study.ipynb #5e52ed33
 def closing(record:report.Record # a finished run
            ) -> str: # lines for the terminal
@@ -476,7 +513,7 @@ def main(argv=None) -> int: # exit code: 0 done, 1 a mistake that the sentence n
     try:
         params = dict(map(_parameter, args.p))
         study = find_study(dict(dataset='mini_textures') | params) # the notebook's default
-        if study.finished and not args.output: print(study.intro(), closing(report.load_record(study.folder)), sep='\n'); return 0
+        if study.finished and not args.output and not study.config.peers: print(study.intro(), closing(report.load_record(study.folder)), sep='\n'); return 0
         out = run_notebook(params, args.output)
     except IpoError as e: print(f'\nipo_run: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nipo_run: interrupted; steps that were finished are kept, and the same command goes on from there.', file=sys.stderr); return 130
