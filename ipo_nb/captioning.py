@@ -9,7 +9,7 @@ __all__ = ['VOCABULARY', 'QUESTION', 'AGAIN', 'SMOLVLM', 'CAPTIONERS', 'Descript
            'default_captioner', 'load_captioner']
 
 # %% ../nbs/06_captioning.ipynb #8227f403
-import base64, csv, io, json, os, re
+import base64, csv, io, json, os, re, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,13 +220,14 @@ class OpenAICaptioner(VisionCaptioner):
     timeout:float=60.               # seconds for one answer
     chat:object=None                # an `OpenAIChat`; made on first use
     at_once:int=4
+    first:object=field(default_factory=threading.Lock, repr=False) # one client for all images
 
     def __post_init__(self): self.spec = f'openai:{self.model}' + (f'@{self.url}' if self.url else '')
 
     def _request(self, image, question):
         content = [dict(type='text', text=question), dict(type='image_url', image_url=dict(url=data_url(image)))]
         try:
-            self.chat = self.chat or OpenAIChat(self.model, self.url, Sampling(), timeout=self.timeout)
+            with self.first: self.chat = self.chat or OpenAIChat(self.model, self.url, Sampling(), timeout=self.timeout)
             return self.chat.say(content, temperature=0, max_tokens=120)
         except IpoError as e: why = str(e).rstrip('.')
         raise IpoError(f"the captioner {self.spec} did not answer: {why}, or use captioner='clip'.")
