@@ -2,8 +2,8 @@
 import json, os, random, resource, signal, threading, time
 from collections import Counter
 from pathlib import Path
-import pytest
-from ipo_nb import core, llm as L, optimizer as O
+import pytest, torch
+from ipo_nb import core, llm as L, optimizer as O, report, study
 from ipo_nb.core import IpoError, Score, append_jsonl, read_jsonl, sha
 
 STEPS = 12
@@ -85,3 +85,36 @@ def test_a_journal_of_another_configuration(tmp_path, whole):
     (tmp_path/'history.jsonl').write_bytes(whole[1])
     s = search(tmp_path, 0)
     with pytest.raises(IpoError, match='another configuration'): O.Search(s.llm, s.score, s.journal, ['river'], ['blue and white'], candidates=3)
+
+# --- whole runs: data, descriptions, search, control, evaluation, record
+
+def complete(folder):
+    "The stages of `run_dataset.ipynb` on a small study; its figures are drawn from the record and left out."
+    torch.set_num_threads(1)
+    s = study.open_study(dict(dataset='mini_aerial', llm='random', steps=12, candidates=3, out_dir=str(folder)))
+    s.describe(); s.search(); s.run_control(); s.finish()
+    return s.folder
+
+def kill_one(folder, after):
+    "A whole run in a child, killed after so many seconds; was it killed before it ended?"
+    if not (pid := os.fork()):
+        for fd in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        try: complete(folder); os._exit(0)
+        except BaseException: os._exit(1)
+    time.sleep(after); os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+def test_whole_runs_killed_at_random_moments(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    complete(tmp_path/'warm') # image features into the cache, imports
+    start = time.perf_counter(); whole = (complete(tmp_path/'whole')/'result.json').read_bytes(); long = time.perf_counter() - start
+    rng, kills, stages = random.Random(6), 0, set()
+    for i in range(4):
+        for _ in range(3):
+            kills += kill_one(tmp_path/str(i), rng.uniform(.1, .9)*long)
+            stages |= {p.name for p in (tmp_path/str(i)).glob('*/*/*')}
+        assert (complete(tmp_path/str(i))/'result.json').read_bytes() == whole
+        assert not list((tmp_path/str(i)).glob('*/*/*.tmp'))
+    assert kills >= 6 and {'history.jsonl', 'descriptions.json'} <= stages
