@@ -1,5 +1,5 @@
 """kill -9 at random moments, inside journal writes too: the finished search is the uninterrupted one, and no call is paid twice but the one in flight."""
-import json, os, random, resource, signal, threading, time
+import json, os, random, resource, signal, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 import pytest, torch
@@ -88,10 +88,12 @@ def test_a_journal_of_another_configuration(tmp_path, whole):
 
 # --- whole runs: data, descriptions, search, control, evaluation, record
 
-def complete(folder):
+def small(folder, steps=12): return dict(dataset='mini_aerial', llm='random', steps=steps, candidates=3, out_dir=str(folder))
+
+def complete(folder, steps=12):
     "The stages of `run_dataset.ipynb` on a small study; its figures are drawn from the record and left out."
     torch.set_num_threads(1)
-    s = study.open_study(dict(dataset='mini_aerial', llm='random', steps=12, candidates=3, out_dir=str(folder)))
+    s = study.open_study(small(folder, steps))
     s.describe(); s.search(); s.run_control(); s.finish()
     return s.folder
 
@@ -118,3 +120,20 @@ def test_whole_runs_killed_at_random_moments(tmp_path, monkeypatch):
         assert (complete(tmp_path/str(i))/'result.json').read_bytes() == whole
         assert not list((tmp_path/str(i)).glob('*/*/*.tmp'))
     assert kills >= 6 and {'history.jsonl', 'descriptions.json'} <= stages
+
+def test_ctrl_c_and_a_second_process(tmp_path, monkeypatch):
+    "A real ipo_run: while it works, this process is refused the same run; Ctrl-C ends it with a sentence; what follows is the same."
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    params = small(tmp_path/'cut', 60)
+    p = subprocess.Popen([Path(sys.executable).parent/'ipo_run', *(str(x) for k, v in params.items() for x in ('-p', k, v))],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    lines = lambda: sum(f.read_bytes().count(b'\n') for f in tmp_path.glob('cut/*/*/history.jsonl'))
+    try:
+        deadline = time.time() + 240
+        while lines() < 3 and p.poll() is None and time.time() < deadline: time.sleep(.01)
+        with pytest.raises(IpoError, match='another process is working on this very run'): study.open_study(params)
+    finally: os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=120)[0]
+    assert p.returncode == 130 and 'ipo_run: interrupted; steps that were finished are kept' in said and 'Traceback' not in said, said[-2000:]
+    assert 3 <= lines() <= 61 and not list(tmp_path.glob('cut/*/*/result.json'))
+    assert (complete(tmp_path/'cut', 60)/'result.json').read_bytes() == (complete(tmp_path/'whole', 60)/'result.json').read_bytes()
