@@ -452,8 +452,11 @@ class SmolLM2(LLM):
         text = self.tok.decode(row, skip_special_tokens=True).strip()
         return Reply(f'<INS>{text.replace(_SLOT, PLACEHOLDER)}</INS>', tokens_in, wrote, note, int(tokens_in > 0))
 
-    def describe(self):
-        return super().describe() | dict(model=SMOLLM2, **self.source, sampling=self.sampling.given(), bonus=3., versions=_versions('torch', 'transformers'))
+# %% ../nbs/02_llm.ipynb #5ab0c3d2
+@patch
+def describe(self:SmolLM2) -> dict: # model, hash of its weights, sampling, versions
+    "What stands behind the specification."
+    return LLM.describe(self) | dict(model=SMOLLM2, **self.source, sampling=self.sampling.given(), bonus=3., versions=_versions('torch', 'transformers'))
 
 @llm_scheme('smollm2')
 def _smollm2(rest, sampling, device='auto', threads=1, **_): return SmolLM2(sampling, device, threads)
