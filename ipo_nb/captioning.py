@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['VOCABULARY', 'QUESTION', 'AGAIN', 'SMOLVLM', 'CAPTIONERS', 'Description', 'masked', 'vocabulary', 'rank', 'sentence',
            'ClipCaptioner', 'read_descriptions', 'FileCaptioner', 'NoCaptioner', 'data_url', 'VisionCaptioner',
-           'OpenAICaptioner', 'hf_pipeline', 'HFCaptioner', 'replay_captioner', 'default_captioner', 'load_captioner']
+           'OpenAICaptioner', 'OwnChat', 'own_chat', 'hf_pipeline', 'HFCaptioner', 'replay_captioner',
+           'default_captioner', 'load_captioner']
 
 # %% ../nbs/06_captioning.ipynb #8227f403
-import base64, csv, io, json, os, re
+import base64, csv, io, json, os, re, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+import torch
 from .core import *
 from .llm import Calls, OpenAIChat, Sampling, recorded_run, split_endpoint, _hub_answers
 from .scorer import image_features, text_features
@@ -218,18 +220,41 @@ class OpenAICaptioner(VisionCaptioner):
     timeout:float=60.               # seconds for one answer
     chat:object=None                # an `OpenAIChat`; made on first use
     at_once:int=4
+    first:object=field(default_factory=threading.Lock, repr=False) # one client for all images
 
     def __post_init__(self): self.spec = f'openai:{self.model}' + (f'@{self.url}' if self.url else '')
 
     def _request(self, image, question):
         content = [dict(type='text', text=question), dict(type='image_url', image_url=dict(url=data_url(image)))]
         try:
-            self.chat = self.chat or OpenAIChat(self.model, self.url, Sampling(), timeout=self.timeout)
+            with self.first: self.chat = self.chat or OpenAIChat(self.model, self.url, Sampling(), timeout=self.timeout)
             return self.chat.say(content, temperature=0, max_tokens=120)
         except IpoError as e: why = str(e).rstrip('.')
         raise IpoError(f"the captioner {self.spec} did not answer: {why}, or use captioner='clip'.")
 
     def describe(self): return super().describe() | dict(refused=self.chat.dropped if self.chat else [])
+
+# %% ../nbs/06_captioning.ipynb #c41b7e02
+class OwnChat:
+    "A model whose own code answers through `.chat(image, msgs, ...)`, called as a pipeline is."
+    def __init__(self, model, tokenizer): self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, text, **_):
+        picture, question = (part[part['type']] for part in text[0]['content'])
+        with torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            said = self.model.chat(image=picture, msgs=[dict(role='user', content=question)], context=None, tokenizer=self.tokenizer, sampling=False, max_new_tokens=120)
+        return [dict(generated_text=str(said[0] if isinstance(said, tuple) else said))]
+
+def own_chat(name, # of a model that comes with code
+             **where # revision, trust_remote_code, local_files_only
+            ) -> OwnChat|None: # None where its code has no chat
+    "A model as MiniCPM-V-2.0 (the paper's captioner) is published: not one of transformers' own classes."
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    if 'AutoModel' not in (getattr(AutoConfig.from_pretrained(name, **where), 'auto_map', None) or {}): return None
+    model = AutoModel.from_pretrained(name, dtype='auto', **where).eval()
+    if not hasattr(model, 'chat'): return None
+    return OwnChat(model.to('cuda' if torch.cuda.is_available() else 'cpu'), AutoTokenizer.from_pretrained(name, **where))
 
 # %% ../nbs/06_captioning.ipynb #1ac0b6cf
 SMOLVLM = 'HuggingFaceTB/SmolVLM-256M-Instruct'
@@ -237,14 +262,18 @@ SMOLVLM = 'HuggingFaceTB/SmolVLM-256M-Instruct'
 def hf_pipeline(model:str,         # name on the hub, or a folder
                 revision:str=None, # commit
                 remote_code:bool=False # may code that comes with the model be run?
-               ): # a transformers pipeline
+               ): # called with a chat as transformers' pipelines are
     "The image-text-to-text pipeline of a model. Raises `IpoError` where it cannot be loaded, or wants to run unpinned code."
-    if remote_code and not re.fullmatch('[0-9a-f]{40}', revision or ''): raise IpoError(f"remote_code runs the code that comes with {model}: pin the commit that you have read, as in hf:{model}@<40 hexadecimal digits>.")
+    here = Path(model).is_dir()
+    if remote_code and not here and not re.fullmatch('[0-9a-f]{40}', revision or ''): raise IpoError(f"remote_code runs the code that comes with {model}: pin the commit that you have read, as in hf:{model}@<40 hexadecimal digits>.")
     from transformers import pipeline
-    kw = dict(model_kwargs=dict(local_files_only=True)) if not Path(model).exists() and not _hub_answers() else {}
-    try: return pipeline('image-text-to-text', model=model, revision=revision, trust_remote_code=remote_code, **kw)
-    except (OSError, ValueError, KeyError, ImportError) as e: code = 'trust_remote_code' in str(e)
-    if code: raise IpoError(f"captioner hf:{model} comes with code of its own: read it, then give remote_code=True and pin the commit as in hf:{model}@REVISION.")
+    kw, off = dict(revision=revision, trust_remote_code=remote_code), not here and not _hub_answers()
+    try:
+        if remote_code and (chat := own_chat(model, local_files_only=off, **kw)): return chat
+        return pipeline('image-text-to-text', model=model, model_kwargs=dict(local_files_only=True) if off else None, **kw)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as e: why = ' '.join(str(e).split())
+    if remote_code: raise IpoError(f"captioner hf:{model} cannot be loaded with its own code: {why[:200].rstrip('.')}; install what it asks for, or use captioner='clip'.")
+    if 'trust_remote_code' in why: raise IpoError(f"captioner hf:{model} comes with code of its own: read it, then give remote_code=True and pin the commit as in hf:{model}@REVISION.")
     raise IpoError(f"captioner hf:{model} cannot be loaded: it is neither a model folder nor within reach on the hub, or no image-text-to-text model; check the name and the network, or use captioner='clip'.")
 
 # %% ../nbs/06_captioning.ipynb #ae48e8ce

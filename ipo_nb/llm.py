@@ -452,8 +452,11 @@ class SmolLM2(LLM):
         text = self.tok.decode(row, skip_special_tokens=True).strip()
         return Reply(f'<INS>{text.replace(_SLOT, PLACEHOLDER)}</INS>', tokens_in, wrote, note, int(tokens_in > 0))
 
-    def describe(self):
-        return super().describe() | dict(model=SMOLLM2, **self.source, sampling=self.sampling.given(), bonus=3., versions=_versions('torch', 'transformers'))
+# %% ../nbs/02_llm.ipynb #5ab0c3d2
+@patch
+def describe(self:SmolLM2) -> dict: # model, hash of its weights, sampling, versions
+    "What stands behind the specification."
+    return LLM.describe(self) | dict(model=SMOLLM2, **self.source, sampling=self.sampling.given(), bonus=3., versions=_versions('torch', 'transformers'))
 
 @llm_scheme('smollm2')
 def _smollm2(rest, sampling, device='auto', threads=1, **_): return SmolLM2(sampling, device, threads)
@@ -509,8 +512,15 @@ _LONG = re.compile(r'context.?(?:length|window|size)|maximum context|prompt is t
 def _said(e, key):
     "What the server said, in one short line without the key."
     body = e.body if isinstance(getattr(e, 'body', None), dict) else {}
-    text = ' '.join(str(body.get('message') or f'status {e.status_code}').encode(errors='replace').decode().split())
+    said = next((body[k] for k in ('message', 'detail', 'error') if body.get(k)), f'status {e.status_code}')
+    text = ' '.join(str(said).encode(errors='replace').decode().split())
     return (text.replace(key, '***') if key else text)[:160].rstrip('.')
+
+def _pause(e):
+    "Seconds that a server asks for beyond the minute for which the client itself waits, up to a quarter of an hour."
+    try: s = float(e.response.headers.get('retry-after', 0))
+    except ValueError: return 0
+    return s if 60 < s <= 900 else 0
 
 # %% ../nbs/02_llm.ipynb #6ea8b463
 def endpoint_error(e,         # exception of the openai client
@@ -551,7 +561,7 @@ def _reply(r, key):
 # %% ../nbs/02_llm.ipynb #f75d8495
 class OpenAIChat(LLM):
     "A model behind OpenAI's chat protocol: one message, one reply."
-    _optional = 'temperature', 'top_p', 'max_tokens', 'seed'
+    _optional = 'temperature', 'top_p', 'max_tokens', 'max_completion_tokens', 'seed'
 
     def __init__(self, model, url, sampling, api_key=None, timeout=60., max_retries=5, concurrency=4):
         from openai import OpenAI
@@ -571,7 +581,6 @@ class OpenAIChat(LLM):
         return self.say(message, **dict(seed=seed, max_tokens=60*n) | self.sampling.given())
 
     def say(self, content, **params): # one user message -> Reply
-        params[self.limit] = params.pop('max_tokens')
         return _reply(self._ask(model=self.model, messages=[dict(role='user', content=content)], **params), self._client.api_key)
 
 # %% ../nbs/02_llm.ipynb #6f7eebd3
@@ -581,27 +590,37 @@ def _ask(self:OpenAIChat, **request):
     import openai
     key, tries = self._client.api_key, 1 + min(2, self._client.max_retries)
     for i in range(tries):
+        sent, pause = self._accepted(request), random.uniform(.25, .75)*2**i
         try:
-            r = self._client.chat.completions.create(**{k: v for k, v in request.items() if k not in self.dropped})
+            r = self._client.chat.completions.create(**sent)
             if hasattr(r, 'choices'): return r
             err = endpoint_error(ValueError('no chat completion'), self.model, self.url, key)
-        except openai.BadRequestError as e:
-            if not (again := self._without(_said(e, key), request)): raise endpoint_error(e, self.model, self.url, key) from None
-            return self._ask(**again)
-        except openai.OpenAIError as e: raise endpoint_error(e, self.model, self.url, key) from None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
+            if self._without(_said(e, key), sent): return self._ask(**request)
+            raise endpoint_error(e, self.model, self.url, key) from None
+        except openai.OpenAIError as e:
+            err, pause = endpoint_error(e, self.model, self.url, key), _pause(e) if isinstance(e, openai.RateLimitError) else 0
+            if not pause: raise err from None
         except ValueError as e: err = endpoint_error(e, self.model, self.url, key)
-        if i + 1 < tries: time.sleep(random.uniform(.25, .75)*2**i)
+        if i + 1 < tries: time.sleep(pause)
     raise err from None
 
 # %% ../nbs/02_llm.ipynb #c860cd7a
 @patch
-def _without(self:OpenAIChat, said, request):
-    "The request that a server may accept which has refused one of its parameters; None where it named none."
-    bad = next((p for p in self._optional if p in request and p not in self.dropped and re.search(rf'\b{p}\b', said)), None)
-    if not bad or _LONG.search(said): return None
-    self.dropped.append(bad)
-    if bad == 'max_tokens' and 'max_completion_tokens' in said: self.limit = 'max_completion_tokens'; request[self.limit] = request[bad]
-    return request
+def _accepted(self:OpenAIChat, request):
+    "The request without what the server has refused."
+    out = {k: v for k, v in request.items() if k not in self.dropped}
+    if self.limit not in self.dropped and 'max_tokens' in request: out[self.limit] = request['max_tokens']
+    return out
+
+@patch
+def _without(self:OpenAIChat, said, sent):
+    "Note the parameter that the server refuses by name; False where it names none of those that were sent."
+    bad = next((p for p in self._optional if p in sent and re.search(rf'\b{p}\b', said)), None)
+    if not bad or (_LONG.search(said) and 'too large' not in said): return False
+    if bad not in self.dropped: self.dropped.append(bad)
+    if bad == 'max_tokens' and 'max_completion_tokens' in said: self.limit = 'max_completion_tokens'
+    return True
 
 # %% ../nbs/02_llm.ipynb #a95a0a42
 @patch

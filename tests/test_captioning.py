@@ -79,3 +79,89 @@ def test_endpoint_that_fails(server, plan):
 def test_endpoint_without_a_key(monkeypatch):
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
     with pytest.raises(IpoError, match='did not answer'): load_captioner('openai:eye')([Img('a')])
+
+# --- models of transformers' own classes, tiny and untrained: what they say is noise, the rest is real
+
+def letters(*specials):
+    "A tokenizer of single bytes."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+    fast.add_special_tokens(dict(additional_special_tokens=list(specials)))
+    return fast
+
+@pytest.fixture(scope='module')
+def smolvlm(tmp_path_factory):
+    "A folder as SmolVLM's: Idefics3 with its processor and chat template."
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
+    folder, marks = tmp_path_factory.mktemp('vlm'), ['<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>']
+    tok = letters(*marks)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    image, pad = tok.convert_tokens_to_ids(['<image>', '<pad>'])
+    config = Idefics3Config(text_config=dict(model_type='llama', num_key_value_heads=2, vocab_size=len(tok), eos_token_id=tok.eos_token_id, pad_token_id=pad, **size),
+                            vision_config=dict(image_size=64, patch_size=16, **size), image_token_id=image, scale_factor=2, pad_token_id=pad)
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(config)
+    model.generation_config.suppress_tokens = [i for i in range(len(tok)) if not tok.decode([i]).isascii() or tok.decode([i]) in tok.all_special_tokens + marks]
+    template = ("{% for m in messages %}{{ m['role'] | capitalize }}:{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}<end_of_utterance>\n{% endfor %}"
+                "{% if add_generation_prompt %}Assistant:{% endif %}")
+    pixels = Idefics3ImageProcessor(size=dict(longest_edge=64), max_image_size=dict(longest_edge=64), do_image_splitting=False)
+    model.save_pretrained(folder); Idefics3Processor(pixels, tok, image_seq_len=4, chat_template=template).save_pretrained(folder)
+    return folder
+
+def test_hf_on_a_real_vision_model(smolvlm, tmp_path):
+    cap = load_captioner(f'hf:{smolvlm}', names=EUROSAT, cache=tmp_path)
+    got = cap([Img('a'), Img('b')])
+    assert all(len(d.text) > 20 and 'Assistant' not in d.text and '<' + 'image>' not in d.text for d in got) and got[0].text == got[1].text # two grey pictures
+    assert cap.calls == 2 and cap.tokens_out > 50 and len(list(tmp_path.glob('*.json'))) == 2
+    again = load_captioner(f'hf:{smolvlm}', names=EUROSAT, cache=tmp_path)
+    assert again([Img('a'), Img('b')]) == got and again.pipe is None # from the cache, without the model
+    word = max(got[0].text.split(), key=len) # a class that the description names: asked again, then masked where it comes again
+    leak = load_captioner(f'hf:{smolvlm}', names=[word], cache=tmp_path)
+    d, = leak([Img('a')])
+    assert d.flags[0] == 'asked again' and leak.calls == 1 and not names_class(d.text, word)
+
+REMOTE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class TinyEyeConfig(PretrainedConfig):
+    model_type = 'tiny_eye'
+
+class TinyEye(PreTrainedModel):
+    config_class = TinyEyeConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.see = torch.nn.Linear(3, 1)
+        self.post_init()
+    def chat(self, image, msgs, context, tokenizer, vision_hidden_states=None, max_new_tokens=1024, sampling=True, **kw):
+        red, green, blue = image.resize((1, 1)).getpixel((0, 0))
+        assert torch.is_inference_mode_enabled() and not sampling and context is None and msgs[0]['role'] == 'user'
+        n = len(tokenizer(msgs[0]['content'])['input_ids'])
+        return f'a field of grey {red} {tuple(self.see.weight.shape)}', context, None
+"""
+
+@pytest.fixture
+def minicpm(tmp_path):
+    "A folder as MiniCPM-V-2.0's: code of its own with a method `chat`, behind AutoModel."
+    import torch
+    from safetensors.torch import save_file
+    folder = tmp_path/'eye'; folder.mkdir()
+    letters().save_pretrained(folder)
+    (folder/'modeling_tiny_eye.py').write_text(REMOTE)
+    (folder/'config.json').write_text(json.dumps(dict(model_type='tiny_eye', architectures=['TinyEye'], dtype='float32',
+                                      auto_map=dict(AutoConfig='modeling_tiny_eye.TinyEyeConfig', AutoModel='modeling_tiny_eye.TinyEye'))))
+    save_file({'see.weight': torch.zeros(1, 3), 'see.bias': torch.zeros(1)}, folder/'model.safetensors', metadata=dict(format='pt'))
+    return folder
+
+def test_hf_with_code_of_its_own(minicpm, tmp_path, monkeypatch):
+    monkeypatch.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path/'modules'))
+    with pytest.raises(IpoError, match='comes with code of its own'): load_captioner(f'hf:{minicpm}', cache=tmp_path)([Img('a')])
+    cap = load_captioner(f'hf:{minicpm}', names=EUROSAT, cache=tmp_path, remote_code=True)
+    assert [(d.text, d.flags) for d in cap([Img('a')])] == [('a field of grey 90 (1, 3)', ())] and cap.tokens_in > 50 and cap.tokens_out > 10
+    (minicpm/'modeling_tiny_eye.py').write_text('import a_package_that_is_absent\n' + REMOTE)
+    with pytest.raises(IpoError, match='a_package_that_is_absent'): load_captioner(f'hf:{minicpm}', cache=tmp_path, remote_code=True)([Img('b')])
+    with pytest.raises(IpoError, match='pin the commit'): load_captioner('hf:openbmb/MiniCPM-V-2@main', cache=tmp_path, remote_code=True)([Img('b')])

@@ -49,6 +49,8 @@ FAULTS = { # name -> (answer, how often it comes, what must be seen)
     'wrong key (401)': (error(401, f'Incorrect API key provided: {KEY}'), 99, 'ends: refused the key'),
     'unknown model (404)': (error(404, 'no such model'), 99, 'ends: does not know the model'),
     'temperature refused (400)': (lambda ask: error(400, "Unsupported parameter: 'temperature'") if 'temperature' in ask else good(ask), 99, 'goes on'),
+    'seed refused (422)': (lambda ask: (422, b'{"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}') if 'seed' in ask else good(ask), 99, 'goes on'),
+    'token limit too large (400)': (lambda ask: error(400, "'max_tokens' is too large: this model's maximum context length is 99 tokens") if 'max_tokens' in ask else good(ask), 99, 'goes on'),
     'context too short (400)': (lambda ask: error(400, "This model's maximum context length is 9 tokens") if 'seen from above' in json.dumps(ask) else good(ask), 99, 'goes on'),
     'context hopelessly short (400)': (error(400, "This model's maximum context length is 9 tokens"), 99, 'ends: longer than'),
     'empty choices': ((200, json.dumps(dict(id='x', object='chat.completion', choices=[])).encode()), 1, 'goes on, note: no choices'),

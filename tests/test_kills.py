@@ -1,9 +1,9 @@
 """kill -9 at random moments, inside journal writes too: the finished search is the uninterrupted one, and no call is paid twice but the one in flight."""
-import json, os, random, resource, signal, threading, time
+import json, os, random, resource, signal, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
-import pytest
-from ipo_nb import core, llm as L, optimizer as O
+import pytest, torch
+from ipo_nb import core, llm as L, optimizer as O, report, study
 from ipo_nb.core import IpoError, Score, append_jsonl, read_jsonl, sha
 
 STEPS = 12
@@ -85,3 +85,55 @@ def test_a_journal_of_another_configuration(tmp_path, whole):
     (tmp_path/'history.jsonl').write_bytes(whole[1])
     s = search(tmp_path, 0)
     with pytest.raises(IpoError, match='another configuration'): O.Search(s.llm, s.score, s.journal, ['river'], ['blue and white'], candidates=3)
+
+# --- whole runs: data, descriptions, search, control, evaluation, record
+
+def small(folder, steps=12): return dict(dataset='mini_aerial', llm='random', steps=steps, candidates=3, out_dir=str(folder))
+
+def complete(folder, steps=12):
+    "The stages of `run_dataset.ipynb` on a small study; its figures are drawn from the record and left out."
+    torch.set_num_threads(1)
+    s = study.open_study(small(folder, steps))
+    s.describe(); s.search(); s.run_control(); s.finish()
+    return s.folder
+
+def kill_one(folder, after):
+    "A whole run in a child, killed after so many seconds; was it killed before it ended?"
+    if not (pid := os.fork()):
+        for fd in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        try: complete(folder); os._exit(0)
+        except BaseException: os._exit(1)
+    time.sleep(after); os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+def test_whole_runs_killed_at_random_moments(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    complete(tmp_path/'warm') # image features into the cache, imports
+    start = time.perf_counter(); whole = (complete(tmp_path/'whole')/'result.json').read_bytes(); long = time.perf_counter() - start
+    rng, kills, stages = random.Random(6), 0, set()
+    for i in range(4):
+        for _ in range(3):
+            kills += kill_one(tmp_path/str(i), rng.uniform(.1, .9)*long)
+            stages |= {p.name for p in (tmp_path/str(i)).glob('*/*/*')}
+        assert (complete(tmp_path/str(i))/'result.json').read_bytes() == whole
+        assert not list((tmp_path/str(i)).glob('*/*/*.tmp'))
+    assert kills >= 6 and {'history.jsonl', 'descriptions.json'} <= stages
+
+def test_ctrl_c_and_a_second_process(tmp_path, monkeypatch):
+    "A real ipo_run: while it works, this process is refused the same run; Ctrl-C ends it with a sentence; what follows is the same."
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    params = small(tmp_path/'cut', 60)
+    p = subprocess.Popen([Path(sys.executable).parent/'ipo_run', *(str(x) for k, v in params.items() for x in ('-p', k, v))],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    lines = lambda: sum(f.read_bytes().count(b'\n') for f in tmp_path.glob('cut/*/*/history.jsonl'))
+    try:
+        deadline = time.time() + 240
+        while lines() < 3 and p.poll() is None and time.time() < deadline: time.sleep(.01)
+        with pytest.raises(IpoError, match='another process is working on this very run'): study.open_study(params)
+    finally: os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=120)[0]
+    assert p.returncode == 130 and 'ipo_run: interrupted; steps that were finished are kept' in said and 'Traceback' not in said, said[-2000:]
+    assert 3 <= lines() <= 61 and not list(tmp_path.glob('cut/*/*/result.json'))
+    assert (complete(tmp_path/'cut', 60)/'result.json').read_bytes() == (complete(tmp_path/'whole', 60)/'result.json').read_bytes()

@@ -1,5 +1,6 @@
 "Optimizer back ends where things go wrong: servers, keys, caches, and the constraints on sampled prompts."
 import json, os, random, threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest, torch
 from ipo_nb.core import DEFAULT_PROMPT, PLACEHOLDER, IpoError, MetaPrompt, Scored, names_class
@@ -29,11 +30,11 @@ def server():
             kind = 'text/html' if isinstance(body, str) else 'application/json'
             data = body.encode() if isinstance(body, str) else body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status); self.send_header('Content-Type', kind); self.send_header('Content-Length', str(len(data)))
-            if status == 429: self.send_header('Retry-After', '0')
+            if status == 429: self.send_header('Retry-After', srv.wait)
             self.end_headers(); self.wfile.write(data)
     srv = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     srv.handle_error = lambda *_: None # a client that went away
-    srv.answer, srv.asked, srv.url = (200, completion()), [], f'http://127.0.0.1:{srv.server_port}/v1'
+    srv.answer, srv.wait, srv.asked, srv.url = (200, completion()), '0', [], f'http://127.0.0.1:{srv.server_port}/v1'
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     yield srv
     srv.shutdown(); srv.server_close()
@@ -120,6 +121,36 @@ def test_a_renamed_token_limit_keeps_its_value(server):
     llm = client(server)
     assert llm(META, 2, 0)[0].text and llm(META, 2, 1)[0].text and len(server.asked) == 3
     assert server.asked[2][1]['max_completion_tokens'] == 120 and llm.describe()['refused'] == ['max_tokens']
+
+def test_a_token_limit_beyond_the_servers_is_left_to_it(server):
+    said = "'max_tokens' or 'max_completion_tokens' is too large: 6000. This model's maximum context length is 4096 tokens and your request has 500 input tokens."
+    server.answer = lambda ask: (400, dict(error=dict(message=said))) if {'max_tokens', 'max_completion_tokens'} & set(ask) else (200, completion())
+    llm = client(server)
+    assert llm(META, 100, 0)[0].text and llm(META, 100, 1)[0].text and len(server.asked) == 4 and llm.describe()['refused'] == ['max_tokens', 'max_completion_tokens']
+
+def test_a_parameter_refused_as_fastapi_does(server):
+    server.answer = lambda ask: (422, dict(detail=[dict(type='extra_forbidden', loc=['body', 'seed'])])) if 'seed' in ask else (200, completion())
+    llm = client(server)
+    assert llm(META, 1, 0)[0].text and llm.describe()['refused'] == ['seed']
+
+def test_a_parameter_refused_to_several_requests_at_once(server):
+    gate = threading.Barrier(4) # all four are sent before the first is refused
+    def answer(ask):
+        if 'temperature' not in ask: return 200, completion()
+        gate.wait(10); return 400, dict(error=dict(message="'temperature' is not supported"))
+    server.answer = answer
+    llm = client(server)
+    with ThreadPoolExecutor(4) as pool: replies = list(pool.map(lambda i: llm(META, 1, i)[0], range(4)))
+    assert all(r.text for r in replies) and len(server.asked) == 8 and llm.describe()['refused'] == ['temperature']
+
+def test_a_long_wait_that_the_server_asks_for(server, monkeypatch):
+    slept = []
+    monkeypatch.setattr(L.time, 'sleep', slept.append)
+    server.wait = '90'
+    server.answer = lambda ask: (429, dict(error=dict(message='slow down'))) if len(server.asked) < 3 else (200, completion())
+    assert client(server, max_retries=1)(META, 1, 0)[0].text and 90 in slept and len(server.asked) == 3
+    server.wait, server.answer = '86400', (429, dict(error=dict(message='come back tomorrow')))
+    assert '(429)' in refused(lambda: client(server)(META, 1, 0)) and 86400 not in slept
 
 def test_a_reply_cut_short_asks_for_the_missing_ones_singly(server):
     def cut(ask):

@@ -1,5 +1,5 @@
 """Whole runs over an endpoint: recorded, replayed, paid for, and searched for the key."""
-import json, subprocess, sys, threading
+import json, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
@@ -18,7 +18,7 @@ def server(monkeypatch, tmp_path):
         def log_message(self, *_): pass
         def do_POST(self):
             ask = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            srv.asked += 1
+            srv.asked += 1; time.sleep(srv.pause)
             seen = isinstance(ask['messages'][0]['content'], list)
             text = f'Number {srv.asked}, a river {KEY}' if seen else f'<INS>{"very "*srv.asked}fine <CLASS>.</INS>' + EVIL
             body = json.dumps(dict(error=dict(message=f'wrong key {KEY}')) if srv.status != 200 else dict(id='x', object='chat.completion', created=0, model='m',
@@ -26,7 +26,7 @@ def server(monkeypatch, tmp_path):
             self.send_response(srv.status); self.send_header('Content-Type', 'application/json'); self.send_header('Content-Length', str(len(body)))
             self.end_headers(); self.wfile.write(body)
     srv = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    srv.asked, srv.status, srv.spec = 0, 200, f'openai:m@http://127.0.0.1:{srv.server_port}/v1'
+    srv.asked, srv.status, srv.pause, srv.spec = 0, 200, 0, f'openai:m@http://127.0.0.1:{srv.server_port}/v1'
     monkeypatch.setenv('OPENAI_API_KEY', KEY); monkeypatch.setenv('IPO_NB_CACHE', str(tmp_path/'cache'))
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     yield srv
@@ -57,8 +57,9 @@ def test_a_replay_of_something_else(tmp_path, kw, says):
         again.describe(); again.search()
     assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('limit, steps, why', [(dict(max_calls=2), 2, '2 calls'), (dict(max_tokens=2500), 3, '2500 tokens'), (dict(max_cost=.003), 2, '0.003 cost')])
+@pytest.mark.parametrize('limit, steps, why', [(dict(max_calls=2), 2, '2 calls'), (dict(max_tokens=2500), 3, '2500 tokens'), (dict(max_cost=.003), 2, '0.003 cost'), (dict(max_seconds=2.5), 3, '2.5 seconds')])
 def test_budgets_are_exact_to_one_step(server, tmp_path, limit, steps, why):
+    server.pause = 1. if 'max_seconds' in limit else 0
     s = study.open_study(dict(dataset='mini_aerial', llm=server.spec, captioner='none', steps=9, candidates=3, price_in=1., price_out=10., control=False, out_dir=str(tmp_path), **limit))
     assert 'planned for the optimizer' in s.intro() and 'currency' in s.intro()
     s.describe(); s.search()
