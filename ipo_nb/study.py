@@ -292,6 +292,7 @@ def search(self:Study):
     self.searched = self.search_with(kept, 'history.jsonl', rules=optimizer.stop_rules(c), prices=(c.price_in, c.price_out), extremes=c.extremes, told=told)
     self.why = self.searched.run(f'search with {c.llm}', total=c.steps)
     self.timed('search', start)
+    if refused := self.llm.describe().get('refused'): write_json(self.folder/'refused.json', refused)
     s = self.searched.spent
     print(f'stopped: {self.why}; chosen: {self.choose(self.searched).prompt}')
     print(f'used: {s.calls} calls, {s.tokens_in:,} tokens in and {s.tokens_out:,} out' + (f', cost {s.cost:.4g}' if any(s.prices) else ''))
@@ -406,12 +407,17 @@ def _git():
     return None if head.returncode else head.stdout.strip() + ('+changes' if ask('status', '--porcelain', '-uno').stdout.strip() else '')
 
 @patch
+def refused(self:Study) -> dict: # what the endpoint refused, also to a process before this one
+    file = self.folder/'refused.json'
+    return dict(refused=json.loads(file.read_text())) if file.exists() else {}
+
+@patch
 def manifest(self:Study) -> dict: # manifest.json
     "What the result was made with: versions, hashes, device, cost."
     packages = 'ipo_nb torch open_clip_torch transformers openai numpy scipy pillow'.split()
     return dict(written=datetime.now(timezone.utc).isoformat(timespec='seconds'), git=_git(), python=platform.python_version(),
                 platform=platform.platform(), versions={p: _version(p) for p in packages}, device=self.config.device,
-                precision=self.config.precision, threads=torch.get_num_threads(), clip=self.clip.describe(), llm=self.llm.describe(), captioner=getattr(self, 'described', None) or dict(spec=self.config.captioner),
+                precision=self.config.precision, threads=torch.get_num_threads(), clip=self.clip.describe(), llm=self.llm.describe() | self.refused(), captioner=getattr(self, 'described', None) or dict(spec=self.config.captioner),
                 data=data.describe(self.dataset) | dict(few_shot_sha=data.items_sha(self.few_shot)) | self.image_hashes(), seeds=dict(run=self.config.seed), notes=self.notes,
                 seconds=self.seconds, cost=self.cost())
 
