@@ -152,7 +152,7 @@ def test_checkpointing_is_passed_on(kind, monkeypatch):
 @each
 def test_a_convolutional_tower_is_refused(kind):
     net = open_clip.CLIP(24, dict(image_size=32, layers=(1, 1, 1, 1), width=16, head_width=16), dict(width=32, heads=2, layers=1)).eval()
-    task = make(); task.clip.model = net
+    task = make(llm=lambda message: pytest.fail('a language model was asked for nothing')); task.clip.model = net
     with pytest.raises(IpoError, match=f'{kind.title} puts learned tokens into a ViT image tower'): fitted(kind, task)
 
 @each
