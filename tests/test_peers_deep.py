@@ -4,6 +4,8 @@ import numpy as np, open_clip, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from ipo_nb.core import IpoError, sha
 from ipo_nb.data import Item
+from ipo_nb.llm import Mock
+from ipo_nb.peers import base
 from ipo_nb.peers.base import *
 from ipo_nb.peers.maple import Coupled, MaPLe, tower_shape
 from ipo_nb.peers.promptsrc import Independent, PromptSRC
@@ -21,9 +23,12 @@ class Picture:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch): monkeypatch.setenv('IPO_NB_CACHE', str(tmp_path/'cache'))
 
-def make(clip=None, seed=1, n=6):
+def sentences(message): return ' '.join(f'<INS>a {w} thing like a <CLASS></INS>' for w in ('round', 'red', 'soft'))
+
+def make(clip=None, seed=1, n=6, llm=None):
+    if llm: llm = Mock(llm); llm.spec = 'mock'
     items = lambda n, at: [Item(Picture(at + i), i % 3, 'abc'[i % 3]) for i in range(n)]
-    return Task(clip or tiny_clip(), ['rose', 'tiger lily', "bird's nest"], ['cup', 'saucer', 'tea pot'], items(n, 0), dict(base=items(7, 10), novel=items(8, 20)), 'a <CLASS>.', 2, seed)
+    return Task(clip or tiny_clip(), ['rose', 'tiger lily', "bird's nest"], ['cup', 'saucer', 'tea pot'], items(n, 0), dict(base=items(7, 10), novel=items(8, 20)), 'a <CLASS>.', 2, seed, llm=llm)
 
 def fitted(kind, task, **kw):
     peer = kind(); peer.spent = peer.fit(task, peer.settings(2, **dict(epochs=2) | kw))
@@ -92,12 +97,24 @@ def test_loss_falls_on_a_batch(kind):
     assert peer.losses[-1] < .9*peer.losses[0]
 
 @each
+def test_the_labels_count(kind):
+    "Whatever else a loss holds, it holds the cross-entropy."
+    task, peer = make(), fitted(kind, make(), epochs=1); images = Images(task.clip, task.few_shot, augment=False)
+    peer.kept, losses = {}, []
+    for shift in range(3):
+        images.labels = torch.tensor([(i.label + shift) % 3 for i in task.few_shot])
+        if kind is CoPrompt: peer.gen.manual_seed(0)
+        batch = next(images.batches(0, 6)); _, _, logits = peer.views(task, batch)
+        losses.append((peer.loss(task, batch, peer.used) - F.cross_entropy(logits, batch.labels)).item())
+    assert losses == pytest.approx([losses[0]]*3, abs=1e-4) and (losses[0] > .01) == (kind is not MaPLe)
+
+@each
 def test_same_seed_same_numbers(kind):
-    a, b, c = (fitted(kind, make(seed=s), batch_size=2) for s in (1, 1, 2))
+    a, b, c = (fitted(kind, make(seed=s, llm=sentences), batch_size=2) for s in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a.state().values(), b.state().values()))
     assert any(not torch.equal(x, y) for x, y in zip(a.state().values(), c.state().values()))
     torch.manual_seed(7); torch.rand(3) # somebody else's randomness
-    d = fitted(kind, make(), batch_size=2); assert d.losses == a.losses
+    d = fitted(kind, make(llm=sentences), batch_size=2); assert d.losses == a.losses
 
 @each
 def test_saved_and_loaded(kind, tmp_path):
@@ -126,9 +143,16 @@ def test_memory_savers_learn_the_same(kind, change):
     assert all(v.dtype == torch.float32 for v in saved.state().values())
 
 @each
+def test_checkpointing_is_passed_on(kind, monkeypatch):
+    seen, real = [], base.checkpoint
+    monkeypatch.setattr(base, 'checkpoint', lambda block, *a, **kw: seen.append(block) or real(block, *a, **kw))
+    task = make(); fitted(kind, task, epochs=1, checkpointing=True)
+    assert {id(b) for b in seen} == {id(b) for b in [*task.clip.tower.blocks, *task.clip.model.visual.transformer.resblocks]}
+
+@each
 def test_a_convolutional_tower_is_refused(kind):
     net = open_clip.CLIP(24, dict(image_size=32, layers=(1, 1, 1, 1), width=16, head_width=16), dict(width=32, heads=2, layers=1)).eval()
-    task = make(); task.clip.model = net
+    task = make(llm=lambda message: pytest.fail('a language model was asked for nothing')); task.clip.model = net
     with pytest.raises(IpoError, match=f'{kind.title} puts learned tokens into a ViT image tower'): fitted(kind, task)
 
 @each
@@ -149,10 +173,9 @@ def test_parameters_of_the_papers():
     assert count(maple, Adapter(512, .1), Adapter(512, .2)) == 3_817_216
 
 def test_coprompt_asks_about_base_classes_only():
-    from ipo_nb.llm import Mock
     asked = []
     def answer(message): asked.append(message); return '<INS>a thing like a <CLASS>, round</INS>'
-    task = make(); task.llm = Mock(answer); task.llm.spec = 'mock'
+    task = make(llm=answer)
     peer = fitted(CoPrompt, task)
     assert peer.spent['calls'] == len(asked) == 3 and not any(n in m for m in asked for n in task.novel)
     assert 'for 3 of 3 classes' in peer.note

@@ -58,6 +58,7 @@ class CoPrompt(MaPLe):
 def fit(self:CoPrompt, task, settings):
     "Ask for sentences, then learn; returns `cost(...)`."
     if settings['n'] < 1: raise IpoError(f"n of {self.title} is {settings['n']}: give 1 or more sentences a class.")
+    self.prepare(task, settings) # refuses before a language model is asked
     self.frozen, said, spent = told(task, settings['n'])
     self.gen = torch.Generator().manual_seed(seed_for('peers', task.seed, self.name, 'sentences'))
     trained = Learner.fit(self, task, settings)
