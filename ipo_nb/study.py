@@ -285,13 +285,13 @@ def choose(self:Study, search) -> Scored: # the prompt that a search ends with
 def search(self:Study):
     "The search with the optimizer LLM; resumes where a journal was cut off."
     if self.finished: return
-    start, c = time.perf_counter(), self.config
+    c = self.config
     self.llm = llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, max_tokens=c.reply_tokens, timeout=c.timeout)
     kept = llm.Recorded(self.llm, self.calls)
     told = dict(with_loss=c.feedback in ('both', 'loss'), with_accuracy=c.feedback in ('both', 'accuracy'), max_words=c.max_words)
     self.searched = self.search_with(kept, 'history.jsonl', rules=optimizer.stop_rules(c), prices=(c.price_in, c.price_out), extremes=c.extremes, told=told)
     self.why = self.searched.run(f'search with {c.llm}', total=c.steps)
-    self.timed('search', start)
+    self.seconds['search'] = round(self.searched.spent.seconds, 2) # of all its steps, whichever process made them
     if refused := self.llm.describe().get('refused'): write_json(self.folder/'refused.json', refused)
     s = self.searched.spent
     print(f'stopped: {self.why}; chosen: {self.choose(self.searched).prompt}')
@@ -303,11 +303,11 @@ def run_control(self:Study):
     "The random control at the same budget of scored prompts."
     self.controlled = None
     if self.finished or not self.config.control: return
-    start, spent = time.perf_counter(), self.searched.spent
+    spent = self.searched.spent
     rules = [optimizer.after('scored', spent.scored), optimizer.after('steps', 2*spent.steps)]
     self.controlled = self.search_with(llm.load_llm('random'), 'control.jsonl', rules=rules, max_scored=spent.scored, seed=seed_for('control', self.config.seed))
     self.control_why = self.controlled.run('random control', total=spent.steps)
-    self.timed('control', start)
+    self.seconds['control'] = round(self.controlled.spent.seconds, 2)
     print(f'stopped: {self.control_why}; chosen: {self.choose(self.controlled).prompt}')
 
 # %% ../nbs/11_study.ipynb #284ddcd5
