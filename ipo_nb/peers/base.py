@@ -149,6 +149,7 @@ class Task:
     llm:object=None  # the optimizer LLM, for peers that need sentences
     scored:list=()   # the scored prompts of a finished IPO run on this task
     _feats:dict = field(default_factory=dict, repr=False)
+    _views:dict = field(default_factory=dict, repr=False) # augmented or not -> features of epochs, shared by peers that learn texts only
 
     def items(self, which): # of 'few_shot', 'base' or 'novel'
         return self.few_shot if which == 'few_shot' else self.test[which]
@@ -189,9 +190,10 @@ def crop_boxes(sizes:torch.Tensor, # [N, 2] width and height of each picture
 # %% ../../nbs/peers/00_base.ipynb #124bbd58
 class Images:
     "The few-shot images of a task, augmented or not."
-    def __init__(self, clip, items, augment=True, seed=1, keep=2**31):
+    def __init__(self, clip, items, augment=True, seed=1, keep=2**31, views=None):
         self.clip, self.items, self.augment, self.seed, self.keep = clip, list(items), augment, seed, keep
-        self.labels, self._kept, self._feats = torch.tensor([i.label for i in items], device=clip.device), {}, {}
+        self.views = {} if views is None else views # features by (epoch, draw), for the next peer on the same images
+        self.labels, self._kept = torch.tensor([i.label for i in items], device=clip.device), {}
     def __len__(self): return len(self.items)
     def _random(self, *parts): return torch.Generator().manual_seed(seed_for('peers', self.seed, *parts))
 
@@ -231,6 +233,10 @@ def pixels(self:Images,
     return x.to(self.clip.device, get_input_dtype(self.clip.precision) or torch.float32).contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/peers/00_base.ipynb #7e21cf99
+_VIEWS = 2**29 # bytes of features that are kept from epoch to epoch, and for the next peer
+
+def _bytes(t): return t.numel()*t.element_size()
+
 @patch
 @torch.no_grad()
 def feats(self:Images, epoch:int=0, draw:int=0, # which of the random views
@@ -238,12 +244,13 @@ def feats(self:Images, epoch:int=0, draw:int=0, # which of the random views
          ) -> torch.Tensor: # [N, D] unit features, float32 on the model's device
     "Frozen features of all images in one epoch."
     if not self.augment: epoch = draw = 0
-    if (epoch, draw) in self._feats: return self._feats[epoch, draw]
+    if (epoch, draw) in self.views: return self.views[epoch, draw]
     if not self.augment: found = image_features(self.clip, [i.image for i in self.items])[:].to(self.clip.device)
     else:
         parts = torch.arange(len(self)).split(chunk or (256 if self.clip.device == 'cuda' else 32))
         found = torch.cat([F.normalize(self.clip.model.encode_image(self.pixels(p, epoch, draw)).float(), dim=-1) for p in parts])
-    self._feats = {k: v for k, v in self._feats.items() if k[0] == epoch} | {(epoch, draw): found}
+    while self.views and sum(map(_bytes, self.views.values())) + _bytes(found) > _VIEWS: del self.views[next(iter(self.views))] # the oldest
+    self.views[epoch, draw] = found
     return found
 
 # %% ../../nbs/peers/00_base.ipynb #4ca5eb54
@@ -418,7 +425,8 @@ def prepare(self:Learner, task:Task, settings:dict # what to learn, and how
 def fit(self:Learner, task, settings):
     "Learn; returns `cost(...)`. Raises `Diverged`, and leaves the last good state in the task's folder."
     self.prepare(task, settings)
-    images, params = Images(task.clip, task.few_shot, settings['augment'], task.seed), list(self.learned.parameters())
+    views = task._views.setdefault(settings['augment'], {})
+    images, params = Images(task.clip, task.few_shot, settings['augment'], task.seed, views=views), list(self.learned.parameters())
     try: self.losses = train(params, lambda b: self.loss(task, b, settings), images, settings, self.each_epoch)
     except Diverged as e:
         kept = f' in {save_learned(self, task, task.folder/"last_good.safetensors").name}' if task.folder else ''
