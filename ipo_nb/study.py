@@ -448,6 +448,16 @@ def task(self:Study, record:report.Record) -> Task: # of this study, after its r
     return Task(self.clip, *self.halves, self.few_shot, test, self.dataset.card.template, c.shots, c.seed, llm=model, scored=report.scored(record.history))
 
 @patch
+def sentences(self:Study, model # an optimizer LLM
+             ): # the same, with answers from the user's cache
+    "What is asked about classes depends on no shots, and is asked for once; where another run is asking, this one asks too."
+    lock = getattr(self, 'asking', None) or FileLock(cache_dir('sentences')/f'{self.config.dataset}-{self.config.seed}.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout: return model
+    self.asking = lock # held as long as the study
+    return llm.Recorded(model, llm.Calls(Path(lock.lock_file).with_suffix('.jsonl')))
+
+@patch
 def variant(self:Study, **changes # fields of `RunConfig`
            ) -> report.Record: # a finished run
     "The same search with other settings, as a run of its own; without control and transfer."
@@ -470,7 +480,7 @@ def run_peers(self:Study, record:report.Record) -> list: # records, as `side_by_
     for name in progress(side_by_side.parse_peers(self.config.peers, task), 'peers', unit='method'):
         try:
             if name in side_by_side.SEARCHES: out += side_by_side.search_records(self.variant(**side_by_side.SEARCHES[name]))
-            else: out.append(side_by_side.run_peer(name, task, self.config.out_dir, self.config.dataset, facts, spent))
+            else: out.append(side_by_side.run_peer(name, replace(task, llm=self.sentences(task.llm)), self.config.out_dir, self.config.dataset, facts, spent))
         except IpoError as e: print(f'peer {name} is left out: {e}')
     return out
 

@@ -368,6 +368,7 @@ class Peer:
     def logits(self, task, which): "Scores [N, C] of the 'base' or 'novel' test images over their classes."; raise NotImplementedError
     def state(self): "What was learned, name -> tensor."; return {}
     def load(self, task, settings, state): "Take up a state instead of learning."; raise NotImplementedError
+    def explain(self, task): "What the record tells of it beside the accuracies."; return {}
 
 # %% ../../nbs/peers/00_base.ipynb #2e652b15
 @patch

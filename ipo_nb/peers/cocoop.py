@@ -11,7 +11,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import *
 from .base import *
-from .coop import first_context
+from .coop import first_context, token_importance
 
 # %% ../../nbs/peers/02_cocoop.ipynb #ba27ef88
 class _Conditional(nn.Module):
@@ -41,6 +41,12 @@ class CoCoOp(Learner):
         return self.sentences[key]
 
 # %% ../../nbs/peers/02_cocoop.ipynb #b96b33d1
+@patch
+def explain(self:CoCoOp, task):
+    "Table 1b, where the sentences of all test images are few enough to be read once more for each vector."
+    read = sum(len(task.items(h))*len(task.names(h)) for h in ('base', 'novel'))
+    return dict(tokens=token_importance(self, task)) if read < 100_000 else {}
+
 @patch
 def conditional(self:CoCoOp, task:Task, feats:torch.Tensor, names # [B, D] unit image features, C class names
                ) -> torch.Tensor: # [B, C] CLIP's logits

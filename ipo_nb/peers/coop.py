@@ -99,6 +99,9 @@ def token_importance(peer, # a fitted CoOp or CoCoOp
     rows = [dict(removed=None, words=[], **_accuracies(peer, task))]
     return rows + [dict(removed=i, words=w, **_accuracies(without(peer, task, i), task)) for i, w in enumerate(words)]
 
+@patch
+def explain(self:CoOp, task): return dict(tokens=token_importance(self, task)) # of its record
+
 # %% ../../nbs/peers/01_coop.ipynb #ba21202e
 def importance_table(rows:list, # of `token_importance`
                      title:str  # of the peer

@@ -139,7 +139,7 @@ def _result(name, dataset, peer, settings, task, facts, cost): # result.json
     own = _facts(task); facts = facts or {}
     return dict(format=PEER_FORMAT, dataset=dataset, method=name, title=peer.title, kind=peer.kind, source=peer.source, settings=settings | chosen,
                 data=own | facts | dict(counts=facts.get('counts', {}) | own['counts']), cost=cost, evaluation=_evaluate(peer, task).to_dict(),
-                texts=getattr(peer, 'texts', list)(), note=getattr(peer, 'note', ''))
+                texts=getattr(peer, 'texts', list)(), note=getattr(peer, 'note', ''), **peer.explain(task))
 
 def _manifest(task, peer, seconds): # manifest.json
     import torch
