@@ -6,7 +6,8 @@
 __all__ = ['IGNORE', 'SIDE', 'DRAWN', 'VOC', 'PATHS', 'METRICS', 'Shot', 'base_first', 'MiniScenes', 'VocScenes', 'image_tower',
            'dense_features', 'window_plan', 'starts', 'class_logits', 'segment', 'confusion', 'class_ious',
            'seg_metrics', 'Segmented', 'seg_intervals', 'seg_compare', 'segment_all', 'run_prompts', 'recorded_runs',
-           'seg_figure', 'seg_columns', 'paper_rows', 'seg_table', 'scenes_sha', 'seg_record', 'seg_sentences', 'main']
+           'seg_figure', 'seg_columns', 'paper_rows', 'seg_table', 'scenes_sha', 'seg_record', 'seg_sentences',
+           'seg_page', 'main']
 
 # %% ../nbs/13_segmentation.ipynb #c15dbc20
 import csv, io, json, shlex, sys
@@ -24,7 +25,7 @@ from .core import *
 from .data import card_names, load_card
 from .evaluation import harmonic_mean
 from .miniworld import COLOURS as INKS, GENERATOR, PX, SS, TEXTURES, THINGS, Canvas, Frame, Rnd, class_names, wave
-from .report import Picture, Table, load_record, picture
+from .report import Picture, Table, load_record, picture, safe
 from .scorer import Clip, load_clip, text_features
 
 # %% ../nbs/13_segmentation.ipynb #49eb52b4
@@ -467,6 +468,16 @@ def seg_sentences(record:dict # of `seg_record`
     return out
 
 # %% ../nbs/13_segmentation.ipynb #7c959829
+def seg_page(record:dict, # of `seg_record`
+             pictures=()  # (file, what it shows) of figures beside the page
+            ) -> str: # Markdown
+    "Command, table and sentences of a record."
+    shown = [f'![{safe(what)}]({file})' for file, what in pictures]
+    table = seg_table(record)
+    return '\n\n'.join(filter(None, [f'# {table.title}', safe(record['note']), f"    {record['command']}", table.markdown(), *shown,
+        '\n'.join(f'- {safe(x)}' for x in seg_sentences(record))])) + '\n'
+
+# %% ../nbs/13_segmentation.ipynb #870df960
 def _prompts(name, runs, given): # of a set of scenes: the plain one, the card's, those of runs, those of the user
     folders = recorded_runs(name) if runs == 'recorded' else [] if runs == 'none' else runs.split(',')
     card = {'hand-written template': load_card(name).template} if name in card_names() else {}
@@ -482,11 +493,13 @@ def _few_colours(png): # the same picture in half the bytes
     out = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(128).save(out, 'PNG', optimize=True)
     return out.getvalue()
 
-def _write(file, record, sets, clip): # the record, and a figure for each set of scenes beside it
+def _write(file, record, sets, clip): # the record, beside it its page and a figure for each set of scenes
     write_json(file, record)
     for s, prompts in sets:
         fig = seg_figure(clip, s, seg_columns(prompts), range(min(3, len(s))), record['side'], record['stride'])
         write_text(Path(file).with_name(f'{Path(file).stem}_{s.name}.png'), _few_colours(fig.data()))
+    pictures = [(f'{Path(file).stem}_{s.name}.png', f'{s.name}: images, masks and predictions') for s, _ in sets]
+    write_text(Path(file).with_suffix('.md'), seg_page(record, pictures))
 
 # %% ../nbs/13_segmentation.ipynb #771f72a3
 @call_parse
@@ -499,7 +512,7 @@ def main(scenes:str='mini_textures', # kinds, separated by commas: mini_textures
          runs:str='recorded',# folders of runs whose prompts are tried, separated by commas; recorded: the committed ones; none
          prompts:str='',     # more prompts, separated by |
          data_root:str='',   # folder that holds VOCdevkit, for voc
-         out:str=''):        # JSON file; figures go beside it
+         out:str=''):        # JSON file; its page and figures go beside it
     "Zero-shot segmentation with plain and optimized prompts"
     command = _command(locals())
     try:

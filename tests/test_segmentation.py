@@ -194,7 +194,7 @@ def test_command(tmp_path, capsys):
     seg.main(scenes='mini_objects', n=2, path='value', prompts='my <CLASS>', out=str(tmp_path/'x.json'))
     record = json.loads((tmp_path/'x.json').read_text())
     assert [r['name'] for r in record['rows']][:2] == ['default prompt', 'hand-written template'] and record['rows'][-1]['prompt'] == 'my <CLASS>'
-    assert Image.open(tmp_path/'x_mini_objects.png').size[0] > 1000 and 'a photo of a &lt;CLASS&gt;.' in capsys.readouterr().out
+    assert '![mini&#95;objects' in (tmp_path/'x.md').read_text() and Image.open(tmp_path/'x_mini_objects.png').size[0] > 1000 and 'a photo of a &lt;CLASS&gt;.' in capsys.readouterr().out
 
 @pytest.mark.parametrize('kw, words', [(dict(scenes='voc'), 'needs data_root'), (dict(scenes='mini_object'), "did you mean 'mini_objects'"), (dict(path='vlaue'), "did you mean 'value'"),
     (dict(side=10), 'smaller than the 96'), (dict(prompts='no placeholder'), '0 times'), (dict(runs='nowhere'), 'no finished run')])
