@@ -346,7 +346,7 @@ def run_prompts(folders # folders of finished runs
         mine = f' ({folder.name[:6]})' if len(folders) > 1 else ''
         for m in load_record(folder).result['methods']:
             own = m['name'] not in ('default prompt', 'hand-written template')
-            if m['prompt'] not in out.values(): out[m['name'] + mine*own] = m['prompt']
+            if (m['prompt'] or '').count(PLACEHOLDER) == 1 and m['prompt'] not in out.values(): out[m['name'] + mine*own] = m['prompt']
     return {k: out[k] for k in sorted(out, key=lambda k: (k != 'default prompt', k != 'hand-written template'))}
 
 def recorded_runs(dataset:str # a dataset's name
@@ -402,7 +402,7 @@ def seg_figure(clip:Clip,    # loaded model with a ViT
 def seg_columns(prompts:dict # name -> prompt, the plain one first
                ) -> dict: # title -> (prompt, path), for `seg_figure`
     "The plain prompt by three paths, then the optimized one (else the hand-written, else the last)."
-    plain = next(iter(prompts.values())); name = next((k for k in ('IPO', 'hand-written template') if k in prompts), [*prompts][-1])
+    plain = next(iter(prompts.values())); found = [k for k in prompts if k.startswith('IPO')] + [k for k in prompts if k == 'hand-written template']; name = (found or [*prompts][-1:])[0]
     return {f'plain, {p}': (plain, p) for p in ('value', 'token', 'pooled')} | {f'{name}, pooled': (prompts[name], 'pooled')}
 
 # %% ../nbs/13_segmentation.ipynb #2d73c49c

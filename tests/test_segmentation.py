@@ -207,3 +207,13 @@ def test_paper_rows(tmp_path):
     assert paper_rows(file) == [dict(method='Zsseg', pAcc=90., mIoU_seen=83.5, mIoU_unseen=72.5, hIoU=77.5)] and paper_rows(tmp_path/'none.csv') == []
     file.write_text('method,pAcc\nZsseg,90\n')
     with pytest.raises(IpoError, match='is not table 13'): paper_rows(file)
+
+def test_prompts_of_runs_with_methods_that_have_none(tmp_path):
+    from ipo_nb.report import made_up_record
+    folders = [tmp_path/'aaaaaaaa', tmp_path/'bbbbbbbb']
+    for f in folders: made_up_record(f)
+    result = json.loads((folders[0]/'result.json').read_text())
+    result['methods'] += [dict(result['methods'][0], name='vectors', prompt=None), dict(result['methods'][0], name='words', prompt='no placeholder')]
+    (folders[0]/'result.json').write_text(json.dumps(result))
+    found = seg.run_prompts(folders)
+    assert list(found) == ['default prompt', 'hand-written template', 'IPO (aaaaaa)', 'random control (aaaaaa)'] and all('<CLASS>' in p for p in found.values())
