@@ -6,7 +6,8 @@
 __all__ = ['PEERS', 'SEARCHES', 'PEER_FORMAT', 'KINDS', 'COST_AXES', 'peer_class', 'lacking', 'parse_peers', 'check_task',
            'identity', 'load_peer_record', 'run_peer', 'search_name', 'search_records', 'load_records', 'paper_file',
            'paper_rows', 'in_paper', 'intervals', 'Summary', 'summarise', 'averages', 'peer_table', 'peer_numbers',
-           'peer_pairs', 'peer_colour', 'peer_bars', 'peer_scatter', 'peer_figures', 'write_side_by_side']
+           'peer_pairs', 'over_runs', 'peer_gains', 'tokens_table', 'peer_colour', 'peer_bars', 'peer_scatter',
+           'peer_figures', 'write_side_by_side']
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #1bc3e590
 import csv, json, platform, time
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
+from scipy.stats import wilcoxon
 from ..core import *
 from ..evaluation import harmonic_mean, make_evaluation, paired_test, unpack_bits
 from ..report import COLOURS, Picture, Record, STYLE, Table, load_record, picture
@@ -384,6 +386,45 @@ def peer_pairs(records:list, # of `load_records`
         return dict(dataset=at[0], CLIP=at[1], shots=at[2], seed=at[3]) | {f'H of {a}': hs[0], f'H of {b}': hs[1], 'images': t['n'], f'only {a} right': t['a_only'], f'only {b} right': t['b_only'], 'p': t['p']}
     return Table('peers_paired', f'{a} against {b}: exact McNemar tests on the same images', [one(k) for k in sorted(found[a]) if k in found[b]])
 
+# %% ../../nbs/peers/08_side_by_side.ipynb #6a1e5001
+def _by_run(records, method, key): # (dataset, CLIP, shots, seed) -> accuracy
+    return {(r['dataset'], *(r['settings'][k] for k in ('clip', 'shots', 'seed'))): r['evaluation'][key] for r in records if r['method'] == method}
+
+def over_runs(records:list, # of `load_records`
+              a:str, b:str, # two methods
+              key:str='h'   # base, novel or h
+             ) -> dict|None: # runs that have both; mean and sd of a - b in points; runs that a wins; two-sided p
+    "A difference over several runs, by Wilcoxon's signed-rank test; None where fewer than two runs have both."
+    x, y = _by_run(records, a, key), _by_run(records, b, key)
+    d = np.array([x[k] - y[k] for k in sorted(x.keys() & y.keys())])
+    if len(d) < 2: return None
+    p = float(wilcoxon(d).pvalue) if d.any() else 1.
+    return dict(runs=len(d), mean=round(float(d.mean()), 4), sd=round(float(d.std(ddof=1)), 4), wins=int((d > 0).sum()), p=float(f'{p:.4g}'))
+
+# %% ../../nbs/peers/08_side_by_side.ipynb #6a1e5002
+def peer_gains(records:list, # of `load_records`
+               reference:str='default' # the method that gains are counted from
+              ) -> Table: # a row for each method and number of shots
+    "Gains on base and on novel classes, mean over datasets and seeds (do gradient methods overfit the base classes?)."
+    said = lambda g: f"{g['mean']:+.1f} ± {g['sd']:.1f} (p = {g['p']:.2g})"
+    rows = []
+    for clip, shots in sorted({(r['settings']['clip'], r['settings']['shots']) for r in records}):
+        here = [r for r in records if (r['settings']['clip'], r['settings']['shots']) == (clip, shots)]
+        names = {r['method']: r['title'] for r in here if r['method'] != reference}
+        found = [(t, [over_runs(here, m, reference, k) for k in ('base', 'novel', 'h')]) for m, t in names.items()]
+        rows += [dict(CLIP=clip, shots=shots, method=t, runs=g[2]['runs'], base=said(g[0]), novel=said(g[1]), H=said(g[2]), gap=f"{g[1]['mean'] - g[0]['mean']:+.1f}")
+                 for t, g in sorted((f for f in found if f[1][2]), key=lambda f: -f[1][2]['mean'])]
+    return Table('peers_gains', f'Points gained over the {reference} prompt: mean ± standard deviation over runs (Wilcoxon signed-rank test); gap: gain on novel minus gain on base classes', rows)
+
+# %% ../../nbs/peers/08_side_by_side.ipynb #6a1e5005
+def tokens_table(records:list # of `load_records`
+                ) -> Table: # a row for each learned vector
+    "What each learned vector is worth, and the words nearest to it (table 1b)."
+    def words(t): return ', '.join(f'{w} ({d:.2f})' for w, d in t['words'])
+    def one(r, t, whole): return dict(dataset=r['dataset'], shots=r['settings']['shots'], seed=r['settings']['seed'], method=r['title'], removed='nothing' if t['removed'] is None else f"vector {t['removed'] + 1}",
+                 **{'nearest words (distance)': words(t)}, base=t['base'], novel=t['novel'], H=t['h'], **{'change of H': round(t['h'] - whole, 4)})
+    return Table('tokens', 'Learned vectors removed one by one', [one(r, t, r['tokens'][0]['h']) for r in records if 'tokens' in r for t in r['tokens']])
+
 # %% ../../nbs/peers/08_side_by_side.ipynb #1bcac26f
 _NAMED = dict(ipo=COLOURS['IPO'], default=COLOURS['default prompt'], template=COLOURS['hand-written template'], random=COLOURS['random control'])
 KINDS = {'gradient': ('#D55E00', 'learned vectors'), 'search': ('#56B4E9', 'other searches by LLM'), 'llm': ('#CC79A7', 'texts by LLM, no search'), 'words': ('#B8A800', 'other prompts, averaged')}
@@ -515,7 +556,7 @@ def write_side_by_side(records:list, folder # of `load_records`; where tables/ a
                       ) -> Path: # the folder
     "Write the comparison."
     folder = Path(folder)
-    for t in (peer_table(records), peer_numbers(records), peer_pairs(records)):
+    for t in (peer_table(records), peer_numbers(records), peer_pairs(records), peer_gains(records), tokens_table(records)):
         write_text(folder/'tables'/f'{t.name}.md', f'**{t.title}**\n\n{t.markdown()}\n'); write_text(folder/'tables'/f'{t.name}.csv', t.csv())
     for name, fig in peer_figures(records).items():
         for kind in ('png', 'pdf'): write_text(folder/'figures'/f'{name}.{kind}', fig.data(kind))
