@@ -4,6 +4,7 @@ import pytest
 
 shared = Path(__file__).resolve().parent.parent.parent/'shared' # material for development and CI, not for users
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1') # one thread a process: pytest starts several
 
 @pytest.fixture(scope='session')
 def real():

@@ -6,21 +6,21 @@ import readme
 
 nbs = Path(__file__).resolve().parent.parent/'nbs'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-parameterised = ['run_dataset.ipynb']
+master = 'run_dataset.ipynb' # test_study runs it
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 
-@pytest.mark.parametrize('path', [p for p in notebooks if p.name not in parameterised], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [p for p in notebooks if p.name != master], ids=lambda p: p.stem)
 def test_runs(path):
     nbdev_test = Path(sys.executable).parent/'nbdev_test'
     done = subprocess.run([nbdev_test, '--path', path, '--n_workers', '0'], capture_output=True, text=True, cwd=nbs,
                           env=os.environ | dict(MPLBACKEND='agg'))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-@pytest.mark.parametrize('name', parameterised)
-def test_keeps_its_parameters_tag(name):
+@pytest.mark.parametrize('name, parameter', [(master, 'dataset'), ('benchmark_features.ipynb', 'n_images')])
+def test_keeps_its_parameters_tag(name, parameter):
     tagged = [c for c in cells(nbs/name) if 'parameters' in c['metadata'].get('tags', [])]
-    assert len(tagged) == 1 and 'dataset' in ''.join(tagged[0]['source'])
+    assert len(tagged) == 1 and parameter in ''.join(tagged[0]['source'])
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
 def test_cell_ids_are_unique(path):
