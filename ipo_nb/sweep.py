@@ -6,16 +6,17 @@
 __all__ = ['Axis', 'Extra', 'Spec', 'make_spec', 'combinations', 'expand', 'varying', 'check_runs', 'sweeps_dir', 'load_sweep',
            'Run', 'steps_done', 'look', 'look_all', 'paces', 'steps_left', 'hours', 'needs', 'columns', 'plan_text',
            'child', 'command', 'reason', 'cores', 'execute', 'results_text', 'follow', 'in_threads', 'run_local',
-           'main']
+           'files_of', 'write_files', 'Desk', 'away', 'run_on_ray', 'main']
 
 # %% ../nbs/12_sweep.ipynb #d3f6210d
-import argparse, itertools, json, os, re, signal, subprocess, sys, tempfile, threading, time
+import argparse, itertools, json, os, re, signal, socket, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor, wait, FIRST_COMPLETED
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .core import *
 from . import data, optimizer, study
@@ -155,7 +156,7 @@ def load_sweep(path, # a YAML file, or a name in nbs/sweeps
     "Read, check and expand a sweep. Raises `IpoError` with the first thing that is wrong."
     path = _find(path)
     try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise IpoError(f"{path} cannot be read: give a YAML file in UTF-8.") from e
+    except (OSError, UnicodeDecodeError) as e: raise IpoError(f"{path.name} cannot be read: give a YAML file in UTF-8.") from e
     spec = make_spec(_parse(text, path.name), path.name)
     spec = make_spec(spec.model_dump() | dict(base=spec.base | over), path.name)
     if 'out_dir' in over: over['out_dir'] = str(Path(over['out_dir']).expanduser().absolute())
@@ -191,19 +192,28 @@ def steps_done(run:Run) -> int: # steps in the journal
     journal = run.folder/'history.jsonl'
     return max(0, journal.read_bytes().count(b'\n') - 1) if journal.exists() else 0
 
-def look(number:int, params:dict
+def _without_gpu(params):
+    "A GPU of another machine cannot be seen from here; all but the device is as it will be there."
+    cuda = params.get('device') == 'cuda'
+    return params | (dict(device='cpu', precision=_precise(params)) if cuda else {})
+
+def _precise(params): return 'fp16' if params.get('precision', 'auto') == 'auto' else params['precision']
+
+# %% ../nbs/12_sweep.ipynb #aff7816d
+def look(number:int, params:dict, from_afar=False
         ) -> Run: # finished, cut off, to do, or failed
     "Find a run's record, or why it cannot be made."
     run = Run(number, params)
-    try: found = study.find_study(params); run.config, run.folder, run.images = found.config, found.folder, len(found.few_shot)
+    try: found = study.find_study(_without_gpu(params) if from_afar else params); run.config, run.folder, run.images = found.config, found.folder, len(found.few_shot)
     except (IpoError, OSError) as e: run.state, run.why = 'failed', str(e); return run
     run.state = 'finished' if found.finished else 'cut off' if steps_done(run) else 'to do'
     return run
 
-def look_all(runs:list # parameters of each run
+def look_all(runs:list,      # parameters of each run
+             from_afar=False # will they run on other machines?
             ) -> list: # of `Run`
     "Find all records. Raises `IpoError` where two runs would write into one folder."
-    out, seen = [look(i, p) for i, p in enumerate(runs, 1)], {}
+    out, seen = [look(i, p, from_afar) for i, p in enumerate(runs, 1)], {}
     for r in out:
         if r.folder and seen.setdefault(r.folder, r) is not r:
             raise IpoError(f"runs {seen[r.folder].number} and {r.number} of the sweep are one and the same ({_label(r.params, varying(runs))}): take one of them out.")
@@ -330,19 +340,25 @@ def cores() -> int: # that this process may use
 # %% ../nbs/12_sweep.ipynb #7f2f2ca9
 _one = threading.Lock()
 
+def _folder(run):
+    "The folder of a record, made."
+    run.folder.mkdir(parents=True, exist_ok=True); return run.folder
+
 def _prepare(run):
     "Folder of the logs, which git leaves alone."
     with _one: write_text(run.log.parent/'.gitignore', '*\n')
     return open(run.log, 'wb')
 
+# %% ../nbs/12_sweep.ipynb #fcf26372
 def execute(run:Run,
             stop:threading.Event, # set: end the run and keep its steps
-            threads:int=1         # of the arithmetic libraries
+            threads:int=1,        # of the arithmetic libraries
+            argv=None             # Run -> arguments of its process; default: `command`
            ) -> Run: # done, failed or stopped
     "Execute a run in a process of its own, wait for it, and say how it went."
     if stop.is_set(): run.state = 'stopped'; return run
     start, run.state = time.perf_counter(), 'running'
-    with _prepare(run) as log, subprocess.Popen(command(run), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+    with _prepare(run) as log, subprocess.Popen((argv or command)(run), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                                                 env=_environment(threads), start_new_session=True) as process:
         while process.poll() is None:
             if stop.wait(.2): _end(process)
@@ -397,7 +413,9 @@ def in_threads(runs:list,  # of `Run`
     stop, todo = threading.Event(), [r for r in runs if r.waits]
     def one(run):
         try: return work(run, stop)
-        except (IpoError, OSError) as e: run.state, run.why = 'failed', str(e); return run
+        except Timeout: run.state, run.why = 'failed', f'another process is working on this very run in {run.folder}: wait for it.'
+        except (IpoError, OSError) as e: run.state, run.why = 'failed', str(e)
+        return run
     with ThreadPoolExecutor(workers) as pool:
         try: follow({pool.submit(one, r): r for r in todo})
         except BaseException: stop.set(); pool.shutdown(cancel_futures=True); raise
@@ -409,14 +427,131 @@ def run_local(runs:list,     # of `Run`
     "Do all waiting runs on this machine."
     in_threads(runs, lambda run, stop: execute(run, stop, threads or max(1, cores()//workers)), workers)
 
+# %% ../nbs/12_sweep.ipynb #5f22eb07
+def files_of(folder # of a record
+            ) -> dict: # relative path -> bytes
+    "A record as it is, finished or not; of the journals, `history.jsonl` first, so that every step in it has its calls."
+    found = [f for f in Path(folder).rglob('*') if f.is_file() and f.suffix != '.tmp' and f.name != '.lock']
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(found, reverse=True)}
+
+def write_files(folder, # of a record
+                files   # relative path -> bytes
+               ) -> None:
+    "Write what has changed, result.json last."
+    for name in sorted(files, key=lambda n: n == 'result.json'):
+        path = Path(folder)/name
+        if not (path.exists() and path.read_bytes() == files[name]): write_text(path, files[name])
+
+# %% ../nbs/12_sweep.ipynb #57adbbb1
+class Desk:
+    "The journals of runs that are away."
+    def __init__(self): self.files = {}
+    def lay(self, number, files): self.files.setdefault(number, {}).update(files)
+    def read(self, number): return self.files.get(number, {})
+
+def _lay_often(run, desk, ended, every=2.):
+    "Lay what has changed on the desk until the run has ended."
+    laid = {}
+    while not ended.wait(every):
+        now = files_of(run.folder)
+        now.pop('result.json', None) # a result comes with the whole record
+        if new := {k: v for k, v in now.items() if laid.get(k) != v}: desk.lay.remote(run.number, new); laid |= new
+
+# %% ../nbs/12_sweep.ipynb #6ccf96a4
+def away(number:int, params:dict, name:str, # of the record's folder
+         desk, threads:int, argv=None
+        ) -> tuple: # state, why, seconds, files of the record, files of the logs
+    "One run on another machine, in a folder of its own."
+    import ray
+    with tempfile.TemporaryDirectory() as tmp:
+        run = look(number, params | dict(out_dir=tmp))
+        if run.state == 'failed': return run.state, run.why, 0., {}, {}
+        if run.folder.name != name: return 'failed', 'images or splits of that machine are not those of this one: give all the same data.', 0., {}, {}
+        write_files(run.folder, ray.get(desk.read.remote(number)))
+        ended = threading.Event()
+        threading.Thread(target=_lay_often, args=(run, desk, ended), daemon=True).start()
+        try: execute(run, threading.Event(), threads, argv)
+        finally: ended.set()
+        return run.state, run.why, run.seconds, files_of(run.folder), files_of(run.log.parent)
+
+# %% ../nbs/12_sweep.ipynb #de3927f0
+def _sent(run):
+    "Parameters with everything that another machine might choose differently."
+    c = run.config
+    return run.params | dict(llm=c.llm, captioner=c.captioner, precision=c.precision, device='cuda' if _on_gpu(run) else 'cpu')
+
+def _on_gpu(run): return run.config.device == 'cuda' or run.params.get('device') == 'cuda'
+
+def _home(run, answer):
+    "Take what a task has given back."
+    run.state, run.why, run.seconds, files, logs = answer
+    write_files(run.log.parent, logs); write_files(run.folder, files)
+
+def _at_home(run):
+    "The configuration names the folder here."
+    path = run.folder/'config.json'
+    if path.exists(): write_json(path, json.loads(path.read_text()) | dict(out_dir=run.config.out_dir))
+
+# %% ../nbs/12_sweep.ipynb #c81088b0
+def _wait(ray, begin, desk, run, stop):
+    "Begin a task and wait for it; meanwhile its journals come home."
+    try:
+        ref = begin()
+        while not ray.wait([ref], timeout=1)[0]:
+            if stop.is_set(): ray.cancel(ref, force=True); run.state = 'stopped'; return
+            write_files(run.folder, ray.get(desk.read.remote(run.number), timeout=30))
+        _home(run, ray.get(ref))
+    except ray.exceptions.RayTaskError as e: run.state, run.why = 'failed', str(e).strip().splitlines()[-1]
+    except ray.exceptions.RayError as e:
+        run.state, run.why = 'failed', f'Ray lost it ({type(e).__name__}); steps that came home are kept, and the same command goes on from there.'
+
+# %% ../nbs/12_sweep.ipynb #c8e64619
+def _answers(address):
+    "Raises `OSError` where nothing listens at HOST:PORT."
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    if port.isdigit(): socket.create_connection((host or 'localhost', int(port)), timeout=10).close()
+
+def _connect(ray, address, runs):
+    "Join a cluster that can do the runs. Raises `IpoError` where there is none."
+    try:
+        _answers(address)
+        ray.init(address=address, ignore_reinit_error=True, logging_level='ERROR', log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise IpoError(f"there is no Ray cluster at {address} ({str(e).splitlines()[0]}): start one with `ray start --head`, or give --ray without an address for this machine alone.") from None
+    if any(map(_on_gpu, runs)) and not ray.cluster_resources().get('GPU'):
+        raise IpoError('no machine of the Ray cluster has a GPU: give -p device cpu, or add a machine that has one.')
+
+# %% ../nbs/12_sweep.ipynb #73c7ea88
+def run_on_ray(runs:list,      # of `Run`
+               address='local', # of a cluster; 'local': this machine; 'auto': the cluster it belongs to
+               threads:int=1,  # of each run
+               argv=None       # as in `execute`
+              ) -> None:
+    "Do all waiting runs on the machines of a Ray cluster. Raises `IpoError` where Ray or the cluster is missing."
+    try: import ray
+    except ImportError: raise IpoError("--ray needs Ray: pip install 'ipo_nb[ray]'.") from None
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+    todo = [r for r in runs if r.waits]
+    _connect(ray, address, todo)
+    desk = ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=On(ray.get_runtime_context().get_node_id(), soft=False)).remote()
+    task = ray.remote(max_retries=3)(away)
+    def begin(run):
+        ray.get(desk.lay.remote(run.number, files_of(run.folder)))
+        return task.options(num_cpus=threads, num_gpus=int(_on_gpu(run))).remote(run.number, _sent(run), run.folder.name, desk, threads, argv)
+    def work(run, stop):
+        with FileLock(_folder(run)/'.lock', timeout=0): _wait(ray, lambda: begin(run), desk, run, stop)
+        _at_home(run); return run
+    in_threads(todo, work, max(1, len(todo)))
+
 # %% ../nbs/12_sweep.ipynb #d4849493
 def _arguments(argv):
     cli = argparse.ArgumentParser('ipo_sweep', description='Run many studies from one file: what is finished is skipped, what was cut off goes on.')
     cli.add_argument('spec', metavar='SPEC', help='a YAML file, or the name of one in nbs/sweeps')
     cli.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help="a parameter of all runs, over the file's base")
     cli.add_argument('--plan', action='store_true', help='say what would be done, and do nothing')
+    cli.add_argument('--ray', nargs='?', const='local', metavar='ADDRESS', help="run on a Ray cluster: its address, or 'auto'; without an address on this machine")
     cli.add_argument('--workers', type=int, default=1, metavar='N', help='runs side by side on this machine (default: 1)')
-    cli.add_argument('--threads', type=int, default=0, metavar='N', help='threads of each run (default: an equal share of the cores)')
+    cli.add_argument('--threads', type=int, default=0, metavar='N', help='threads of each run (default: an equal share of the cores; with --ray 1)')
     args = cli.parse_args(argv)
     if args.workers < 1 or args.threads < 0: raise IpoError('--workers must be 1 or more, and --threads may not be negative.')
     return args
@@ -425,10 +560,10 @@ def _arguments(argv):
 def _sweep(args):
     "Plan, run, tell. True where nothing failed."
     spec, params = load_sweep(args.spec, **dict(map(study._parameter, args.p)))
-    runs = look_all(params)
+    runs = look_all(params, from_afar=bool(args.ray))
     print(plan_text(spec, runs, args.workers), flush=True)
     if not args.plan and any(r.waits for r in runs):
-        run_local(runs, args.workers, args.threads)
+        run_on_ray(runs, args.ray, args.threads or 1) if args.ray else run_local(runs, args.workers, args.threads)
         print('\n' + results_text(runs))
     return not any(r.state == 'failed' for r in runs)
 

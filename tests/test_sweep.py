@@ -1,6 +1,7 @@
 """Sweeps: what a file may hold, runs that fail in every way, interrupts and kills, and what comes after them."""
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 import psutil, pytest
 from ipo_nb import report, study, sweep
 from ipo_nb.core import IpoError, append_jsonl, write_json, write_text
@@ -162,3 +163,72 @@ def test_interrupted_killed_without_memory_and_in_the_end_whole(tmp_path, sweeps
 
     begin = time.monotonic()
     assert sweep.main([str(path)]) == 0 and time.monotonic() - begin < 30 # skipped, without a kernel
+
+# --- Ray ---
+
+without_kernel = '''
+import os, sys
+from ipo_nb import study, sweep
+def run(params, out=None):
+    with open({where!r}, 'a') as f: f.write('begun\\n')
+    s = study.open_study(params); s.describe(); s.search(); s.run_control(); s.finish(); return out
+study.run_notebook = run
+sys.exit(sweep.child())
+'''
+
+@pytest.fixture
+def cluster():
+    "Two nodes of one core on this machine."
+    ray = pytest.importorskip('ray', reason='Ray is an extra: pip install ipo_nb[ray]')
+    from ray.cluster_utils import Cluster
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    small = dict(num_cpus=1, object_store_memory=80*2**20, include_dashboard=False)
+    c = Cluster(initialize_head=True, head_node_args=small); c.second = c.add_node(**{k: v for k, v in small.items() if k != 'include_dashboard'})
+    ray.init(c.address, logging_level='ERROR', log_to_driver=False)
+    yield c
+    ray.shutdown(); c.shutdown()
+
+def test_a_node_is_killed_in_mid_sweep(tmp_path, cluster):
+    path = spec(tmp_path, 'grid: {dataset: [mini_aerial], seed: [1, 2]}', steps=100)
+    runs, code = sweep.look_all(sweep.load_sweep(path)[1], from_afar=True), without_kernel.format(where=str(tmp_path/'begun'))
+    at = []
+    def kill():
+        until(lambda: all(sweep.steps_done(r) > 3 for r in runs))
+        at.extend(map(sweep.steps_done, runs)); cluster.remove_node(cluster.second, allow_graceful=False)
+    killer = threading.Thread(target=kill); killer.start()
+    sweep.run_on_ray(runs, cluster.address, argv=lambda r: [sys.executable, '-c', code, *sweep.command(r)[3:]])
+    killer.join()
+    assert [r.state for r in runs] == ['done', 'done'], [r.why for r in runs]
+    assert max(at) < 100 and len((tmp_path/'begun').read_text().split()) == 3 # two began, and one of them again
+    for r in runs:
+        whole = study.open_study(r.params | dict(out_dir=str(tmp_path/'whole')))
+        whole.describe(); whole.search(); whole.run_control(); whole.finish()
+        home, alone = sweep.files_of(r.folder), sweep.files_of(whole.folder)
+        assert home['result.json'] == alone['result.json'] and home.keys() == alone.keys()
+        assert json.loads(home['config.json'])['out_dir'] == r.config.out_dir and r.log.exists()
+    assert [r.state for r in sweep.look_all([r.params for r in runs])] == ['finished', 'finished']
+
+def test_a_cluster_that_goes_away_leaves_a_reason_and_the_steps(tmp_path):
+    ray = pytest.importorskip('ray', reason='Ray is an extra: pip install ipo_nb[ray]')
+    def gone(*a, **kw): raise ray.exceptions.ActorUnavailableError('the node is gone', b'0'*16)
+    run, = sweep.look_all(sweep.load_sweep(spec(tmp_path, 'grid: {dataset: [mini_aerial]}'))[1])
+    sweep._wait(SimpleNamespace(wait=gone, exceptions=ray.exceptions), lambda: None, None, run, threading.Event())
+    assert run.state == 'failed' and run.why.startswith('Ray lost it (ActorUnavailableError)')
+
+@pytest.mark.parametrize('address, sentence', [('127.0.0.1:1', 'there is no Ray cluster at 127.0.0.1:1'), ('nowhere', 'there is no Ray cluster at nowhere')])
+def test_no_cluster_is_one_sentence(tmp_path, capsys, address, sentence):
+    pytest.importorskip('ray', reason='Ray is an extra: pip install ipo_nb[ray]')
+    assert sweep.main([str(spec(tmp_path, 'grid: {dataset: [mini_aerial]}')), '--ray', address]) == 1
+    assert sentence in capsys.readouterr().err
+
+def test_without_ray_one_is_told_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    assert sweep.main([str(spec(tmp_path, 'grid: {dataset: [mini_aerial]}')), '--ray']) == 1
+    assert "pip install 'ipo_nb[ray]'" in capsys.readouterr().err
+
+def test_a_run_for_a_gpu_elsewhere_has_the_name_that_it_will_have_there(tmp_path):
+    params = quick | dict(dataset='mini_aerial', device='cuda', out_dir=str(tmp_path))
+    afar, = sweep.look_all([params], from_afar=True)
+    assert afar.state == 'to do' and afar.folder == sweep.look(1, params | dict(device='cpu', precision='fp16')).folder
+    sent = sweep._sent(afar)
+    assert sweep._on_gpu(afar) and (sent['device'], sent['precision']) == ('cuda', 'fp16')
