@@ -17,8 +17,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     # cards and the master notebook live at the top level and travel inside the package as ipo_nb/data_cards and ipo_nb/nbs
     packages=[lib, f'{lib}.peers', f'{lib}.data_cards', f'{lib}.nbs'], package_dir={lib: lib, f'{lib}.data_cards': 'data_cards', f'{lib}.nbs': 'nbs'},
-    package_data={lib: ['models/*/*'], f'{lib}.data_cards': ['*.md', 'paper/*'], f'{lib}.nbs': ['run_dataset.ipynb']},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    package_data={lib: ['models/*/*'], f'{lib}.data_cards': ['*.md', 'paper/*'], f'{lib}.nbs': ['run_dataset.ipynb', 'sweeps/*.yaml']},
+    install_requires=cfg['requirements'].split(), extras_require={x: cfg[f'{x}_requirements'].split() for x in ('dev', 'ray')},
     entry_points={'console_scripts': cfg.get('console_scripts', '').split(),
                   'nbdev': [f'{lib}={lib}._modidx:d']},
     zip_safe=False)
