@@ -93,7 +93,12 @@ class Study:
     @cached_property
     def calls(self): return llm.Calls(self.folder/'calls.jsonl') # every answer that was paid for or waited for
     @property
-    def finished(self): return (self.folder/'result.json').exists()
+    def finished(self): return (self.folder/'result.json').exists() # the search and its record
+    @property
+    def complete(self): # and with the peers that were asked for
+        if not self.config.peers: return self.finished
+        done = self.folder/'peers.json'
+        return self.finished and done.exists() and json.loads(done.read_text()) == dict(asked=self.config.peers, left_out={})
 
 # %% ../nbs/11_study.ipynb #8e31778e
 @patch
@@ -475,13 +480,14 @@ def _spent(record):
 def run_peers(self:Study, record:report.Record) -> list: # records, as `side_by_side.load_records`; [] without peers
     "Run or read each peer, this run first. One that cannot be run is told with its reason and left out."
     if not self.config.peers: return []
-    task, out, r = self.task(record), side_by_side.search_records(record), record.result['data']
+    task, out, r, left_out = self.task(record), side_by_side.search_records(record), record.result['data'], {}
     facts, spent = {k: r[k] for k in ('split_sha', 'split_source')}, _spent(record)
     for name in progress(side_by_side.parse_peers(self.config.peers, task), 'peers', unit='method'):
         try:
             if name in side_by_side.SEARCHES: out += side_by_side.search_records(self.variant(**side_by_side.SEARCHES[name]))
             else: out.append(side_by_side.run_peer(name, replace(task, llm=self.sentences(task.llm)), self.config.out_dir, self.config.dataset, facts, spent))
-        except IpoError as e: print(f'peer {name} is left out: {e}')
+        except IpoError as e: left_out[name] = str(e); print(f'peer {name} is left out: {e}')
+    write_json(self.folder/'peers.json', dict(asked=self.config.peers, left_out=left_out))
     return out
 
 # %% ../nbs/11_study.ipynb #5e52ed33
@@ -529,7 +535,7 @@ def main(argv=None) -> int: # exit code: 0 done, 1 a mistake that the sentence n
     try:
         params = dict(map(_parameter, args.p))
         study = find_study(dict(dataset='mini_textures') | params) # the notebook's default
-        if study.finished and not args.output and not study.config.peers: print(study.intro(), closing(report.load_record(study.folder)), sep='\n'); return 0
+        if study.complete and not args.output: print(study.intro(), closing(report.load_record(study.folder)), sep='\n'); return 0
         out = run_notebook(params, args.output)
     except IpoError as e: print(f'\nipo_run: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nipo_run: interrupted; steps that were finished are kept, and the same command goes on from there.', file=sys.stderr); return 130

@@ -206,7 +206,7 @@ def look(number:int, params:dict, from_afar=False
     run = Run(number, params)
     try: found = study.find_study(_without_gpu(params) if from_afar else params); run.config, run.folder, run.images = found.config, found.folder, len(found.few_shot)
     except (IpoError, OSError) as e: run.state, run.why = 'failed', str(e); return run
-    run.state = 'finished' if found.finished else 'cut off' if steps_done(run) else 'to do'
+    run.state = 'finished' if found.complete else 'cut off' if steps_done(run) else 'to do'
     return run
 
 def look_all(runs:list,      # parameters of each run
