@@ -516,8 +516,8 @@ def _connect(ray, address, runs):
     try:
         _answers(address)
         ray.init(address=address, ignore_reinit_error=True, logging_level='ERROR', log_to_driver=False)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise IpoError(f"there is no Ray cluster at {address} ({str(e).splitlines()[0]}): start one with `ray start --head`, or give --ray without an address for this machine alone.") from None
+    except Exception as e: # of a node that does not start in time, Ray says so with nothing more special
+        raise IpoError(f"there is no Ray cluster at {address} ({(str(e) or type(e).__name__).splitlines()[0]}): start one with `ray start --head`, or give --ray without an address for this machine alone.") from None
     if any(map(_on_gpu, runs)) and not ray.cluster_resources().get('GPU'):
         raise IpoError('no machine of the Ray cluster has a GPU: give -p device cpu, or add a machine that has one.')
 
