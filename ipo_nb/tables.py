@@ -21,7 +21,7 @@ import numpy as np, yaml
 from fastcore.basics import patch
 from scipy.stats import spearmanr
 from .core import *
-from .evaluation import harmonic_mean, make_evaluation, paired_test, unpack_bits
+from .evaluation import harmonic_mean, make_evaluation, paired_test, unpack_bits, unreadable
 from .report import COLOURS, Picture, Record, Table, best_so_far, load_record, made_up_record, picture, safe, trajectory
 from .peers import side_by_side as sbs
 
@@ -67,7 +67,7 @@ def latex(self:Table) -> str: # a table environment; \usepackage{booktabs} is al
     for i, r in enumerate(self.rows):
         if i and r[cols[0]] != self.rows[i-1][cols[0]] and cols[0] == 'dataset': lines.append(r'\addlinespace')
         lines.append(' & '.join(_tex_cell(self, r, c) for c in cols) + r' \\')
-    spec = ''.join('p{5cm}' if c in self.code else 'l' for c in cols)
+    spec = ''.join('p{5cm}' if any(len(str(r[c])) > 45 for r in self.rows) else 'l' for c in cols)
     notes = [f'\\par\\footnotesize {tex(n)}' for n in getattr(self, 'notes', ())]
     return '\n'.join([r'\begin{table}[t]', r'\centering\small', f'\\caption{{{tex(self.title)}}}', f'\\label{{tab:{self.name}}}', f'\\begin{{tabular}}{{{spec}}}',
         r'\toprule', ' & '.join(map(tex, cols)) + r' \\', r'\midrule', *lines, r'\bottomrule', r'\end{tabular}', *notes, r'\end{table}']) + '\n'
@@ -132,7 +132,7 @@ def read_records(folders # a folder, several separated by commas, or a list
     asked = str(folders).split(',') if isinstance(folders, (str, Path)) else folders
     places = [Path(str(f).strip()).expanduser() for f in asked]
     places = [p if p.exists() or p.is_absolute() else project_dir()/p for p in places]
-    if not any(p.is_dir() for p in places): raise IpoError(f"there is no folder {' or '.join(map(str, places))}: give the folders that runs were written to (their out_dir).")
+    if not any(p.is_dir() or cards_dir() in p.parents for p in places): raise IpoError(f"there is no folder {' or '.join(map(str, places))}: give the folders that runs were written to (their out_dir).")
     notes = [f'There is no folder {p.name} yet.' for p in places if not p.is_dir()]
     begun = sorted({f.parent.resolve() for p in places for name in ('config.json', 'result.json') for f in p.rglob(name)})
     done = [f for f in begun if (f/'result.json').exists()]
@@ -206,8 +206,10 @@ def family(runs:list,      # of `Record`
 def _chosen(ranked, axes, mix): # the largest group, or all of them
     rest = lambda g: {k: v for k, v in settings_of(g[0]).items() if k not in axes}
     if mix or len(ranked) == 1: return [r for _, g in ranked for r in g], []
+    far = lambda g: sum(v != _DEFAULTS[k] for k, v in rest(g).items())
+    ranked = sorted(ranked, key=lambda x: (-x[0], far(x[1])))
     (n, first), (m, second) = ranked[:2]; odd = _differ([rest(first), rest(second)])
-    if n == m: raise IpoError(f"the records hold two grids of one size, with {odd}: say which with where, or mix=True to see both.")
+    if (n, far(first)) == (m, far(second)): raise IpoError(f"the records hold two grids of one size, with {odd}: say which with where, or mix=True to see both.")
     others = [r for _, g in ranked[1:] for r in g]
     return first, [f"{len(others)} runs with other settings are left out ({_differ([rest(g) for _, g in ranked])})."]
 
@@ -238,9 +240,12 @@ def check_alike(records:list, mix:bool=False # searches and peers
 def answers(run:Record # a search
            ) -> list: # dictionaries like those of `load_peer_record`, with `run`
     "What a search says about each of its methods."
-    rows, m = sbs.search_records(run), next((m for m in run.result['methods'] if m['name'] == 'hand-written template'), None)
+    rows, seconds = sbs.search_records(run), run.manifest.get('seconds', {})
     free = dict(parameters=0, images=0, calls=0, tokens_in=0, tokens_out=0)
-    if m: rows.append(rows[0] | dict(method='template', title='plain template', kind='words', cost=free, seconds=0, evaluation=m))
+    for m in run.result['methods']:
+        key = dict(zip(('default prompt', 'hand-written template', 'random control'), ('default', 'template', 'random'))).get(m['name'])
+        if key and key not in [r['method'] for r in rows]:
+            rows.append(rows[0] | dict(method=key, title=m['name'], kind='search' if key == 'random' else 'words', cost=free, seconds=seconds.get('control', 0) if key == 'random' else 0, evaluation=m))
     return [r | dict(run=run) for r in rows]
 
 def _same(a, b): return all(a['evaluation'][k] == b['evaluation'][k] for k in ('base_correct', 'novel_correct'))
@@ -286,16 +291,20 @@ def _means(cell): return {h: round(float(np.mean([100*d[h].mean() for d in cell.
 
 def _h(b, v): return 2*b*v/np.maximum(b + v, 1e-12)
 
-@patch
-def nums(self:Cell) -> dict: # base, novel, h -> `Num`
-    "Mean, standard deviation over seeds, and interval over images."
-    mean, rng = _means(self), np.random.RandomState(0)
-    draws = {h: np.mean([sbs._draws(d[h], rng) for d in self.bits.values()], axis=0) for h in mean}
+def _nums(cell):
+    mean, rng = _means(cell), np.random.RandomState(0)
+    draws = {h: np.mean([sbs._draws(d[h], rng) for d in cell.bits.values()], axis=0) for h in mean}
     mean |= dict(h=harmonic_mean(**mean)); draws |= dict(h=_h(draws['base'], draws['novel']))
-    seeds = None if self.fixed else self.by_seed
+    seeds = None if cell.fixed else cell.by_seed
     if seeds: seeds |= dict(h=_h(seeds['base'], seeds['novel']))
     sd = {k: float(np.std(seeds[k], ddof=1)) if seeds and len(seeds[k]) > 1 else None for k in mean}
     return {k: Num(mean[k], sd[k], *(float(x) for x in np.percentile(draws[k], [2.5, 97.5]))) for k in mean}
+
+@patch
+def nums(self:Cell) -> dict: # base, novel, h -> `Num`
+    "Mean, standard deviation over seeds, and interval over images."
+    if '_nums' not in self.__dict__: self.__dict__['_nums'] = _nums(self)
+    return dict(self.__dict__['_nums'])
 
 # %% ../nbs/14_tables.ipynb #63517673
 def versus(a:Cell,       # one method
@@ -397,8 +406,8 @@ def _verdict(cells): # (dataset, method) -> `Cell`; one sentence
     said = []
     for m, name in (('random', 'the random control'), ('default', 'the default prompt'), ('template', 'the plain template')):
         if pairs := [(cells[d, 'ipo'], c) for (d, k), c in cells.items() if k == m and (d, 'ipo') in cells]:
-            better, worse, n = _won(pairs); said.append(f'than {name} on {better} of {n} (worse on {worse})')
-    return f"Beyond chance (paired test, p < 0.05), IPO is better {', '.join(said)} dataset{'s' if n > 1 else ''}." if said else ''
+            better, worse, n = _won(pairs); said.append(f"than {name} on {better} of {n} dataset{'s'*(n > 1)} and worse on {worse}")
+    return f"Beyond chance (paired test, p < 0.05), IPO is better {'; '.join(said)}." if said else ''
 
 # %% ../nbs/14_tables.ipynb #606c2aa9
 def _method_rows(shelf, where, mix): # answers of the searches and of the peers beside them, the runs, and notes
@@ -409,7 +418,7 @@ def _method_rows(shelf, where, mix): # answers of the searches and of the peers 
     others = [r for r in shelf.runs if sbs.search_name(r.result['settings']) != 'ipo' and (r.result['dataset'], r.result['settings'].get('clip')) in places
               and sha({k: v for k, v in settings_of(r).items() if k not in ('feedback', 'captioner', 'extremes')}) in same]
     check_alike([*runs, *others, *peers], mix)
-    return [a for r in [*runs, *others] for a in answers(r)] + peers, runs, notes
+    return [a for r in runs for a in answers(r)] + [a for r in others for a in sbs.search_records(r)] + peers, runs, notes
 
 def _title(cell): return _TITLES.get(cell.answers[0]['method'], cell.answers[0]['title'])
 
@@ -487,7 +496,7 @@ def axis_table(runs:list,     # of `Record`
     "Accuracy against one setting or several, with control and plain template in each row."
     runs, notes = _axis_runs(runs, axes, where, mix); check_alike(runs, mix)
     free = lambda a: (_differ([settings_of(a['run']), settings_of(runs[0])]),) if mix else ()
-    cells, out, found, verdicts = gather([a for r in runs for a in answers(r)], lambda a: (a['dataset'], a['method'], (*_place(a['run'], axes)[1:], *free(a)))), [], [], []
+    cells, out, found, verdicts = gather([a for r in runs for a in answers(r)], lambda a: (a['dataset'], 'ipo' if a['method'] in sbs.SEARCHES else a['method'], (*_place(a['run'], axes)[1:], *free(a)))), [], [], []
     for d, block in _axis_blocks(cells).items():
         mine = {v: c for (m, v), c in block.items() if m == 'ipo'}; numbers = with_best(mine)
         verdicts.append(f"{d}: {_axis_verdict(mine)}" if len(mine) > 1 else '')
@@ -526,6 +535,8 @@ def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
     "What was found (the paper's tables 3 and 17)."
     runs, notes = family(runs, (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix)
     rows = [row for r in sorted(runs, key=lambda r: (r.result['dataset'], r.result['settings']['seed'])) for row in _prompt_rows(r)]
+    odd = {r['prompt']: why for r in rows if r['by'] == 'IPO' and (why := unreadable(r['prompt']))}; n = len({r['prompt'] for r in rows if r['by'] == 'IPO'})
+    if rows: notes = [f"{len(odd)} of the {n} prompts that IPO chose are hard to read" + (f" ({'; '.join(odd.values())})" if odd else '') + '; that the others can be read does not say that they describe the images.', *notes]
     theirs = [p for p in sbs.paper_file('prompts') if int(p['shots']) == shots and p['dataset'] in {r['dataset'] for r in rows}]
     rows += [dict.fromkeys(rows[0], None) | dict(dataset=p['dataset'], shots=shots, by='the paper', prompt=p['prompt']) for p in theirs]
     return Sheet(f'prompts_{shots}shot', f'The prompts that were found, {shots}-shot{_setting_title(runs)}', rows, notes=tuple(notes), command=command)
@@ -546,6 +557,12 @@ def _paper_9(targets): # the paper's rows for targets that are all the paper's
     if not targets or not set(targets) <= set(ELEVEN): return []
     return [dict(source='imagenet', method=f"{r['method']} (paper)", **{t: Num(float(r[t])) for t in targets}, average=Num(float(np.mean([float(r[t]) for t in targets]))), seeds=None) for r in sbs.paper_file('cross_dataset')]
 
+def _transfer_verdict(rows): # a sentence for each source
+    for source in dict.fromkeys(r['source'] for r in rows):
+        by = {r['method']: r['average'] for r in rows if r['source'] == source}; ipo = by.pop('IPO', None)
+        apart = lambda n: 'beyond' if ipo.low > n.high or ipo.high < n.low else 'within'
+        if ipo and by: yield f"From {source}, IPO is on average over the targets " + ', '.join(f"{ipo.mean - n.mean:+.1f} points from the {m} ({apart(n)} the intervals)" for m, n in by.items() if '(paper)' not in m) + '.'
+
 # %% ../nbs/14_tables.ipynb #522cca7c
 def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted versions of the source
                    where:dict=None, mix:bool=False, command:str='ipo_sweep transfer') -> Sheet: # a row for each source and method
@@ -559,7 +576,7 @@ def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted v
             nums = {d: _target([t for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for d in targets}
             out.append(dict(source=source, method=m, **nums, average=_mean_of([*nums.values()]), seeds=len({r.result['settings']['seed'] for r, _ in mine})))
         if real and not shifted: out += _paper_9(targets)
-    notes = ['All classes of each target; mean ± standard deviation over seeds [mean of their 95 % intervals]. Nothing is bold: a record keeps no single answers to the images of a target.', *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
+    notes = [*_transfer_verdict(out), 'All classes of each target; mean ± standard deviation over seeds [mean of their 95 % intervals]. Nothing is bold: a record keeps no single answers to the images of a target.', *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
     every = list(dict.fromkeys(k for r in out for k in r)); out = [{k: r.get(k) for k in every} for r in out]
     return Sheet('shifts' if shifted else 'transfer', ('Shifted versions of the source' if shifted else 'The prompts on other datasets') + _setting_title(runs), out, notes=tuple(notes), command=command)
 
@@ -575,8 +592,9 @@ def descriptions_sheet(runs:list, most:int=6, # of `first_runs`; rows of each da
     "Descriptions of few-shot images (the paper's table 18)."
     rows = [{'dataset': r.result['dataset'], 'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ()))} for r in runs for d in r.result.get('descriptions', [])[:most]]
     who = ', '.join(dict.fromkeys(settings_of(r)['captioner'] for r in runs))
-    note = (f"The first {most} of each dataset, by captioner {who}. The class is told to the reader and was not told to the optimizer.",)
-    return Sheet('descriptions', 'What the optimizer was told about the images', rows, ('description',), notes=note if rows else (), command=command)
+    all_ = [d for r in runs for d in r.result.get('descriptions', [])]; leaks = sum('masked' in d.get('flags', ()) or 'asked again' in d.get('flags', ()) for d in all_)
+    note = (f"{leaks} of {len(all_)} descriptions named their class at first and were asked for again or masked.", f"The first {most} of each dataset, by captioner {who}. The class is told to the reader and was not told to the optimizer.",)
+    return Sheet('descriptions', 'What the optimizer was told about the images', rows, (), notes=note if rows else (), command=command)
 
 # %% ../nbs/14_tables.ipynb #af85b59a
 def steps_sheet(run:Record) -> Sheet: # step 0, then each step of which the record keeps the message
@@ -607,11 +625,17 @@ def words_sheets(runs:list, # of `first_runs`
     return out
 
 # %% ../nbs/14_tables.ipynb #721c91f0
+def _tokens_verdict(peers): # one sentence
+    def big(p): # vectors whose removal changes H by more than the half-width of its interval
+        n = Cell((p,)).nums()['h']; return sum(abs(t['h'] - p['tokens'][0]['h']) > (n.high - n.low)/2 for t in p['tokens'][1:])
+    return f"Leaving out one vector changes H by more than the half-width of its interval for {sum(map(big, peers))} of {sum(len(p['tokens']) - 1 for p in peers)} vectors."
+
 def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
-                 mix:bool=False, command:str='ipo_sweep base_to_novel') -> Sheet: # a row for each learned vector, for the first seed
+                 where:dict=None, mix:bool=False, # as in `family`
+                 command:str='ipo_sweep base_to_novel') -> Sheet: # a row for each learned vector, for the first seed
     "Accuracy without each learned vector of CoOp and CoCoOp, and the words nearest to it (the paper's table 1b)."
-    peers = sorted((p for p in shelf.peers if p.get('tokens') and p['settings'].get('shots') == shots), key=lambda p: (p['dataset'], p['title'], p['settings']['seed']))
-    runs = first_runs(shelf.runs, shots, mix=mix); check_alike([*runs, *peers], mix); out = []
+    peers = sorted((p for p in shelf.peers if p['method'] in ('coop', 'cocoop') and p.get('tokens') and p['settings'].get('shots') == shots), key=lambda p: (p['dataset'], p['title'], p['settings']['seed']))
+    runs = first_runs(shelf.runs, shots, where, mix); check_alike([*runs, *peers], mix); out = []
     first = list({(p['dataset'], p['title']): p for p in reversed(peers)}.values())[::-1]
     for p in first:
         say = lambda t: 'nothing' if t['removed'] is None else f"vector {t['removed'] + 1}"
@@ -619,16 +643,16 @@ def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
     for r in (r for r in runs if first and r.result['dataset'] in {p['dataset'] for p in first}):
         out += [{'dataset': x['dataset'], 'method': x['by'], 'left out': 'nothing', 'nearest words (distance)': x['prompt'], 'base': x['base'].mean, 'novel': x['novel'].mean, 'H': x['H']} for x in _prompt_rows(r)]
     out.sort(key=lambda r: r['dataset'])
-    note = ("The nearest words are no reading of a vector: they are as near as any vocabulary entry happens to be. First seed of each dataset; for the prompts, their text stands in place of nearest words.",)
+    note = (_tokens_verdict(first), "The nearest words are no reading of a vector: they are as near as any vocabulary entry happens to be. First seed of each dataset; for the prompts, their text stands in place of nearest words.",)
     return Sheet(f'tokens_{shots}shot', f'Learned vectors left out, {shots}-shot', out, ('nearest words (distance)',), notes=note if out else (), command=command)
 
 # %% ../nbs/14_tables.ipynb #84628ad1
-def _curve(ax, journals, key, colour, label): # mean and band of the best so far
+def _curve(ax, journals, key, colour, label, style='-'): # mean and single seeds of the best so far
     lines = [[getattr(b, key) for _, b in best_so_far(j)] for j in journals if j]
     if not lines: return
     n = max(map(len, lines)); ys = np.array([l + [l[-1]]*(n - len(l)) for l in lines])
-    ax.fill_between(range(n), ys.min(0), ys.max(0), step='post', color=colour, alpha=.18, lw=0)
-    ax.step(range(n), ys.mean(0), where='post', color=colour, lw=1.8, label=label)
+    for y in ys if len(ys) > 1 else (): ax.step(range(n), y, where='post', color=colour, lw=.8, alpha=.4, ls=style)
+    ax.step(range(n), ys.mean(0), where='post', color=colour, lw=2, ls=style, label=label)
 
 @picture
 def curves(runs:list # of `family`, at most about six datasets
@@ -639,7 +663,7 @@ def curves(runs:list # of `family`, at most about six datasets
     for j, (d, column) in enumerate(zip(sets, axes.T)):
         mine = [r for r in runs if r.result['dataset'] == d]
         for ax, key, label in zip(column, ('accuracy', 'loss'), ('few-shot accuracy (%)', 'few-shot loss (nats)')):
-            _curve(ax, [r.control for r in mine], key, COLOURS['random control'], 'random control'); _curve(ax, [r.history for r in mine], key, COLOURS['IPO'], 'IPO')
+            _curve(ax, [r.history for r in mine], key, COLOURS['IPO'], 'IPO'); _curve(ax, [r.control for r in mine], key, COLOURS['random control'], 'random control', '--')
             start = mine[0].history[0]['candidates'][0]
             if j == 0: ax.set_ylabel(label)
             if len({r.history[0]['candidates'][0][key] for r in mine}) == 1: ax.axhline(start[key], color=COLOURS['default prompt'], lw=1, ls=':', label='default prompt')
@@ -694,15 +718,20 @@ def predict_figure(runs:list # of `family`, with `tried`
     return fig
 
 # %% ../nbs/14_tables.ipynb #90b3afb6
+def _cost_verdict(rows): # a sentence for each dataset
+    for d in dict.fromkeys(r['dataset'] for r in rows):
+        mine = [r | dict(mean=r['H'].mean) for r in rows if r['dataset'] == d]; rho = _rho(mine, 'seconds of learning', 'mean')
+        yield f"{d}: the highest H is that of {mine[0]['method']}, with {mine[0]['seconds of learning']:.1f} seconds and {mine[0]['LLM calls']} LLM calls" + (f"; over the {len(mine)} methods the rank correlation of seconds and H is {rho:.2f}." if rho is not None else '.')
+
 def cost_sheet(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
                command:str='ipo_sweep base_to_novel') -> Sheet: # a row for each dataset and method
     "H and what was spent on it."
     rows, runs, notes = _method_rows(shelf, dict(shots=shots) | (where or {}), mix); cells, out = gather(rows, lambda a: (a['dataset'], a['method'])), []
     for (d, m), c in sorted(cells.items(), key=lambda x: (x[0][0], -x[1].nums()['h'].mean)):
-        mean = lambda f: float(np.mean([f(a) for a in c.answers]))
+        mean = lambda f: round(float(np.mean([f(a) for a in c.answers])))
         out.append({'dataset': d, 'method': _title(c), 'H': c.nums()['h'], 'LLM calls': mean(lambda a: a['cost'].get('calls', 0)), 'LLM tokens': mean(lambda a: a['cost'].get('tokens_in', 0) + a['cost'].get('tokens_out', 0)),
-                    'trained parameters': mean(lambda a: a['cost'].get('parameters', 0)), 'seconds of learning': mean(lambda a: a['seconds']), 'seeds': len(c.seeds)})
-    notes = ['Seconds are of the machine that made the records, often with other runs beside them: their order counts and not their size.', *notes] if out else []
+                    'trained parameters': mean(lambda a: a['cost'].get('parameters', 0)), 'seconds of learning': float(np.mean([a['seconds'] for a in c.answers])), 'seeds': len(c.seeds)})
+    notes = [*_cost_verdict(out), 'Seconds are of the machine that made the records, often with other runs beside them: their order counts and not their size.', *notes] if out else []
     return Sheet(f'cost_{shots}shot', f'What each method costs, {shots}-shot{_setting_title(runs)}', out, notes=tuple(notes), command=command)
 
 def cost_figures(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, cost:str='seconds') -> dict: # dataset -> `Picture`
@@ -801,7 +830,7 @@ def map_state(row:dict, records:list # of `load_map`; of `record_facts`
 def map_page(rows:list, records:list) -> str: # Markdown
     "The page `paper_map.md`."
     link = lambda r: f"[{safe(r['section'])}]({r['notebook']})" if r.get('section') else ''
-    lines = [f"| {r['paper']} | {safe(r['shows'])} | {f'<code>{safe(c)}</code>' if (c := r.get('command')) else ''}{f' with real weights: <code>{safe(c)}</code>' if (c := r.get('real')) else ''} | {link(r)} | {safe(map_state(r, records))} |" for r in rows]
+    lines = [f"| {r['paper']} | {safe(r['shows'])} | {f'`{c}`' if (c := r.get('command')) else ''}{f'; with real weights `{c}`' if (c := r.get('real')) else ''} | {link(r)} | {safe(map_state(r, records))} |" for r in rows]
     head = ["# The paper, table by table", "", "Du, Sun and Snoek, *IPO: Interpretable Prompt Optimization for Vision-Language Models* (NeurIPS 2024, arXiv 2410.15397), and where each of its tables and figures is made again here. This page is written by `python -m ipo_nb.tables` from `paper_map.yaml`; edit that.", "",
             "No number of the embedded world can be held against the paper's: its CLIP is small and its images are drawn. What carries over is the command.", "", "| paper | what it shows | our command | our section | state |", "|---|---|---|---|---|"]
     return '\n'.join(head + lines) + '\n'
