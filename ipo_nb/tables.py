@@ -278,6 +278,7 @@ class Cell:
         if len({len(d['base']) for d in self.bits.values()}) > 1: return None
         return {h: np.mean([100*d[h].mean(1) for d in self.bits.values()], axis=0) for h in ('base', 'novel')}
 
+# %% ../nbs/14_tables.ipynb #0d36370e
 def gather(rows:list, # answers
            key        # answer -> what a cell has in common
           ) -> dict: # key -> `Cell`
@@ -706,10 +707,10 @@ def predict_figure(runs:list # of `family`, with `tried`
     sets = sorted({r.result['dataset'] for r in runs}); fig = Picture(figsize=(max(4.6, 3.5*len(sets)), 3.9), layout='constrained')
     for ax, d in zip(fig.subplots(1, len(sets), squeeze=False)[0], sets):
         mine = [r for r in runs if r.result['dataset'] == d]; rhos = [x for r in mine if (x := _tried_run(r)['accuracy']) is not None]
-        for by in ('random control', 'IPO'):
+        for by, shift in (('random control', -.6), ('IPO', .6)): # few-shot accuracies have few values: the two stand side by side
             rows = [t for r in mine for t in r.result['tried'] if t['by'] == by]
-            ax.scatter([t['accuracy'] for t in rows], [t['h'] for t in rows], s=12, alpha=.45, linewidths=0, color=COLOURS[by], label=by)
-        ax.scatter([r.result['chosen']['accuracy'] for r in mine], [r.result['methods'][0]['h'] for r in mine], s=70, facecolor='none', edgecolor='#D55E00', lw=1.5, label='chosen')
+            ax.scatter([t['accuracy'] + shift for t in rows], [t['h'] for t in rows], s=12, alpha=.45, linewidths=0, color=COLOURS[by], label=by)
+        ax.scatter([r.result['chosen']['accuracy'] + .6 for r in mine], [r.result['methods'][0]['h'] for r in mine], s=70, facecolor='none', edgecolor='#D55E00', lw=1.5, label='chosen')
         plain = [m['h'] for r in mine for m in r.result['methods'] if m['name'] == 'hand-written template'][:1]
         if plain: ax.axhline(plain[0], color=COLOURS['hand-written template'], lw=1, ls=':', label='plain template')
         n = sum(len({t['prompt'] for t in r.result['tried']}) for r in mine)
