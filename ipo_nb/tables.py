@@ -636,7 +636,8 @@ def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
                  command:str='ipo_sweep base_to_novel') -> Sheet: # a row for each learned vector, for the first seed
     "Accuracy without each learned vector of CoOp and CoCoOp, and the words nearest to it (the paper's table 1b)."
     peers = sorted((p for p in shelf.peers if p['method'] in ('coop', 'cocoop') and p.get('tokens') and p['settings'].get('shots') == shots), key=lambda p: (p['dataset'], p['title'], p['settings']['seed']))
-    runs = first_runs(shelf.runs, shots, where, mix); check_alike([*runs, *peers], mix); out = []
+    runs, out = first_runs(shelf.runs, shots, where, mix), []; places = {(r.result['dataset'], r.result['settings'].get('clip')) for r in runs}
+    peers = [p for p in peers if (p['dataset'], p['settings'].get('clip')) in places]; check_alike([*runs, *peers], mix)
     first = list({(p['dataset'], p['title']): p for p in reversed(peers)}.values())[::-1]
     for p in first:
         say = lambda t: 'nothing' if t['removed'] is None else f"vector {t['removed'] + 1}"

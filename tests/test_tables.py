@@ -169,6 +169,14 @@ def test_paper_is_not_beside_other_conditions(real, home):
 def test_flaws_of_the_paper_are_footnotes(home):
     assert any('do not reproduce' in n for n in FLAWS['8']) and set(FLAWS['6']) <= set(base_to_novel(read_records(home)).notes)
 
+def test_peers_with_another_clip_stay_out(home):
+    shelf = read_records(home); m = shelf.runs[0].result['methods'][0]
+    def peer(ds, clip, sha): return dict(dataset=ds, method='coop', title='CoOp', kind='gradient', settings=dict(clip=clip, shots=1, seed=1), data={}, cost={}, seconds=0, folder=f'{ds}/coop', manifest=dict(clip=dict(weights_sha256=sha)),
+        evaluation=m, tokens=[dict(removed=None, words=[], base=1., novel=1., h=1.)])
+    both = Shelf(shelf.runs, [peer('plates', 'none', 'a'), peer('eurosat', 'other', 'b')], [])
+    assert {r['dataset'] for r in tokens_sheet(both, 1).rows} == {'plates'} and 'CoOp' in {r['method'] for r in base_to_novel(both).rows}
+    assert 'eurosat' not in {r['dataset'] for r in base_to_novel(both).rows + cost_sheet(both).rows}
+
 # ---- files
 
 def test_latex_of_awkward_text():
