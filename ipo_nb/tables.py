@@ -758,7 +758,9 @@ def _map_row(i, row): # raises `IpoError` for a row of another form
 def load_map(path=None # paper_map.yaml; None: the clone's
             ) -> tuple: # rows, and file -> SHA-256 of the paper's CSV files
     "The map of the paper. Raises `IpoError` for an unknown key or state, and for a row that lacks what its state needs."
-    raw = yaml.safe_load(Path(path or project_dir()/'nbs'/'paper_map.yaml').read_text(encoding='utf-8'))
+    path = Path(path or project_dir()/'nbs'/'paper_map.yaml')
+    try: raw = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, yaml.YAMLError) as e: raise IpoError(f"{path} cannot be read: restore it from the repository, of which this page needs a clone.") from e
     return [_map_row(i, r) for i, r in enumerate(raw['rows'], 1)], raw['files']
 
 # %% ../nbs/14_tables.ipynb #070624d5
