@@ -495,16 +495,20 @@ def read_folders(folder, # holds one folder a class
     return found
 
 # %% ../nbs/04_data.ipynb #28eb8d54
+def _unread(folder): # a sentence about files in class folders that are no images for us
+    other = [f'{c}/{f}' for c in _dirs(folder) for f in sorted(os.listdir(Path(folder)/c)) if not f.startswith('.') and not _is_image(f) and (Path(folder)/c/f).is_file()]
+    return f" {len(other):,} file{'s are' if len(other) > 1 else ' is'} left out because {'they are' if len(other) > 1 else 'it is'} of no kind that is read, for example {other[0]}: convert to JPEG or PNG." if other else ''
+
 def own_split(found:dict # class folder -> paths
              ) -> dict: # part -> list of (path, label, class folder)
-    "A deterministic split of each class: 50 % train, 30 % test, at least one of each, the rest val. Raises `IpoError`."
+    "A deterministic split of each class: 50 % (rounded down) train, 30 % (rounded up) test, at least one of each, the rest val. Raises `IpoError`."
     small = [f"'{c}' ({len(ps)})" for c, ps in found.items() if len(ps) < 2]
     more = ' and others' if len(small) > 5 else ''
-    if small: raise IpoError(f"too small to split into training and test images: {', '.join(small[:5])}{more}; each class needs two images or more.")
+    if small: raise IpoError(f"too small to split into training and test images: {', '.join(small[:5])}{more}; each class needs two images or more (read are {', '.join(s[1:] for s in sorted(SUFFIXES))}).")
     parts = {p: [] for p in PARTS}
     for label, (c, paths) in enumerate(found.items()):
         ranked, n = sorted(paths, key=lambda p: sha('own split', p)), len(paths)
-        a, b = max(1, n*5//10), max(1, n*3//10)
+        a, b = max(1, n//2), max(1, -(-n*3//10)) # what is scarce goes to the test
         for part, some in zip(PARTS, (ranked[:a], ranked[a:n-b], ranked[n-b:])): parts[part] += [(p, label, c) for p in sorted(some)]
     return parts
 
@@ -745,7 +749,7 @@ def _from_layout(card, home, split='auto', check=True):
         file = synset_names(home, card.labels.names)[1] if card.layout == 'synsets' else ', '.join(_file_note(home/f) for f in card.labels.files.values())
     elif check: _all_here(card, home/card.images, parts)
     comparable = '' if source == 'published' else '; not comparable with published figures'
-    return _dataset(card, parts, home/card.images, source, f'{source}: {_counts(parts)}{why}{comparable}.', file)
+    return _dataset(card, parts, home/card.images, source, f'{source}: {_counts(parts)}{why}{comparable}.' + (_unread(home/card.images) if card.layout == 'folder' else ''), file)
 
 # %% ../nbs/04_data.ipynb #40e98195
 def _from_miniworld(card):

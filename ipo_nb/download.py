@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .core import IpoError, progress, project_dir, sha, write_json
 from .data import PARTS, Source, card_names, load_card, load_dataset, read_folders, synsets
-from .data import _file_note, _find, _folders, _held, _held_subset, _home, _is_image, _layout_lists, _missing, _subset_file
+from .data import _file_note, _find, _folders, _held, _held_subset, _home, _is_image, _layout_lists, _missing, _subset_file, _unread
 
 # %% ../nbs/04a_download.ipynb #a4686b61
 class _Fault(Exception): "Why one source did not give its file."
@@ -356,7 +356,13 @@ def _folder_note(folder): # the class folders and their counts, the smallest fir
     try: counts = Counter({c: len(fs) for c, fs in read_folders(folder).items()})
     except (IpoError, OSError): return []
     few = ', '.join(f"'{c}' {n}" for c, n in counts.most_common()[:-11:-1])
-    return [f"{sum(counts.values()):,} images in {len(counts):,} class folders, the smallest: {few}."]
+    return [f"{sum(counts.values()):,} images in {len(counts):,} class folders, the smallest: {few}.{_unread(folder)}"]
+
+def _own_note(ds): # what each class has, and what that is worth
+    by = {p: Counter(i.name for i in getattr(ds, p)) for p in PARTS}
+    each, least = [f"'{c}' " + '/'.join(str(by[p][c]) for p in PARTS) for c in ds.classes], min(by['test'][c] for c in ds.classes)
+    note = f"train/val/test of each class: {', '.join(each[:40])}{' ...' if len(each) > 40 else ''}."
+    return [note] + [f"{least} test image{'s'*(least != 1)} in the smallest class: 30 or more a class begin to tell prompts apart."]*(least < 30)
 
 # %% ../nbs/04a_download.ipynb #ca8ffa26
 def check(name:str, # a dataset
@@ -376,6 +382,7 @@ def check(name:str, # a dataset
     if ds is None: report.notes += _folder_note(report.folder) if name == 'folder' else []; return report
     report.source, report.split_sha, report.split = ds.split_source, ds.split_sha, report.split or ds.split_file
     if not report.want: _compare_counts(report, card, ds, synsets(card.labels.subset) if card.layout == 'synsets' else ())
+    if name == 'folder': report.notes += [*_own_note(ds), *filter(None, [_unread(report.folder).strip()])]
     if ds.split_source == 'subset' and card.layout == 'synsets' and not report.problems: report.problems.append(ds.note)
     if decode: _look_all(report, ds, workers)
     return report

@@ -151,13 +151,14 @@ def build_meta_prompt(memory:Memory,         # its `shown()` goes into the messa
 # %% ../nbs/07_meta_prompt.ipynb #d0f545ea
 _HOLE, _OPEN, _CLOSE = '\x01', '\x02', '\x03' # what placeholder, <INS> and </INS> become
 _MOST_REPLY, _MOST_PIECES, _MOST_PROMPT = 100_000, 100, 1_000
+_THOUGHT = re.compile(r'<(think|thinking|reasoning)>.*?(</\1>|\Z)', re.I | re.S) # what a reasoning model says to itself; cut off, it is all thought
 _TAG = re.compile(r'[<\[{(] {0,2}([/\\]? ?)INS ?\d{0,3} {0,2}/?[>\])}]', re.I)
 _WORD = r'(?:your |the )?(?:class(?:[ _-]?(?:name|label))?|label|category)'
 _PLACE = re.compile(rf'<{{1,2}} ?{_WORD} ?/?>{{1,2}}|\[{{1,2}} ?{_WORD} ?\]{{1,2}}|\{{{{1,2}} ?{_WORD} ?\}}{{1,2}}|\( ?CLASS(?: NAME)? ?\)|\{{ ?\}}|[$%]\{{?CLASS\b[}}%]?|<CLASS\b', re.I)
 
 def _spell(text):
     "Pass 1: plain text in which tags and placeholders are single characters."
-    text = html.unescape(html.unescape(str(text or '')[:_MOST_REPLY]))
+    text = _THOUGHT.sub('', html.unescape(html.unescape(str(text or '')[:_MOST_REPLY])))
     text = ''.join(c if c == '\n' or c.isprintable() else ' ' for c in _INVISIBLE.sub('', text.replace('\r', '\n')))
     text = re.sub(r'\\([<>\[\]{}_*])', r'\1', re.sub(r'[^\S\n]+', ' ', text))
     text = _TAG.sub(lambda m: _CLOSE if m[1].strip() else _OPEN, text)

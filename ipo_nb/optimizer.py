@@ -217,7 +217,7 @@ def run(self:Search, desc='search', # in front of the bar
             try: self.take_step()
             except IpoError as e: raise type(e)(f'{str(e).rstrip(".")}; the steps so far ({self.spent.steps}) are kept, and the same command goes on from there.') from None
             money = f', cost {self.spent.cost:.4g}' if any(self.prices) else ''
-            bar.set_postfix_str(f'best {self.best.accuracy:.1f} %, loss {self.best.loss:.3f}, {self.spent.calls} calls, {self.spent.tokens} tokens{money}', refresh=False)
+            bar.set_postfix_str(f'best {self.best.accuracy:.1f} %, {self.spent.calls} calls, {self.spent.tokens} tokens{money}', refresh=False)
             bar.update()
     return why
 

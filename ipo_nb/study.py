@@ -295,7 +295,7 @@ def search(self:Study):
     kept = llm.Recorded(self.llm, self.calls)
     told = dict(with_loss=c.feedback in ('both', 'loss'), with_accuracy=c.feedback in ('both', 'accuracy'), max_words=c.max_words)
     self.searched = self.search_with(kept, 'history.jsonl', rules=optimizer.stop_rules(c), prices=(c.price_in, c.price_out), extremes=c.extremes, told=told)
-    self.why = self.searched.run(f'search with {c.llm}', total=c.steps)
+    self.why = self.searched.run('search', total=c.steps)
     self.seconds['search'] = round(self.searched.spent.seconds, 2) # of all its steps, whichever process made them
     if refused := self.llm.describe().get('refused'): write_json(self.folder/'refused.json', refused)
     s = self.searched.spent
@@ -311,7 +311,7 @@ def run_control(self:Study):
     spent = self.searched.spent
     rules = [optimizer.after('scored', spent.scored), optimizer.after('steps', 2*spent.steps)]
     self.controlled = self.search_with(llm.load_llm('random'), 'control.jsonl', rules=rules, max_scored=spent.scored, seed=seed_for('control', self.config.seed))
-    self.control_why = self.controlled.run('random control', total=spent.steps)
+    self.control_why = self.controlled.run('control', total=spent.steps)
     self.seconds['control'] = round(self.controlled.spent.seconds, 2)
     print(f'stopped: {self.control_why}; chosen: {self.choose(self.controlled).prompt}')
 
