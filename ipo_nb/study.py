@@ -482,12 +482,15 @@ def run_peers(self:Study, record:report.Record) -> list: # records, as `side_by_
     if not self.config.peers: return []
     task, out, r, left_out = self.task(record), side_by_side.search_records(record), record.result['data'], {}
     facts, spent = {k: r[k] for k in ('split_sha', 'split_source')}, _spent(record)
+    facts['search'] = {k: record.result['settings'][k] for k in ('llm', 'captioner', 'steps', 'candidates')}
     for name in progress(side_by_side.parse_peers(self.config.peers, task), 'peers', unit='method'):
         try:
             if name in side_by_side.SEARCHES: out += side_by_side.search_records(self.variant(**side_by_side.SEARCHES[name]))
             else: out.append(side_by_side.run_peer(name, replace(task, llm=self.sentences(task.llm)), self.config.out_dir, self.config.dataset, facts, spent))
         except IpoError as e: left_out[name] = str(e); print(f'peer {name} is left out: {e}')
     write_json(self.folder/'peers.json', dict(asked=self.config.peers, left_out=left_out))
+    out = side_by_side.with_seeds(out, self.config.out_dir)
+    side_by_side.write_side_by_side(out, self.folder/'peers')
     return out
 
 # %% ../nbs/11_study.ipynb #5e52ed33
@@ -495,6 +498,7 @@ def closing(record:report.Record # a finished run
            ) -> str: # lines for the terminal
     "The three most interesting numbers and the places of figures, tables and record."
     where = dict(report='report.html', figures='figures', tables='tables', record='result.json')
+    if (record.path/'peers'/'tables').exists(): where['peers'] = 'peers'
     return '\n'.join(report.headline(record) + [f'{k:9} {record.path/v}' for k, v in where.items()])
 
 # %% ../nbs/11_study.ipynb #25fecf13

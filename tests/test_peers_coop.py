@@ -145,7 +145,7 @@ def test_one_vector_less(task, variant):
 
 def test_bad_settings(task):
     for cls, kw, says in ((CoOp, dict(position='back'), 'choose one of end, middle, front'), (CoOp, dict(contex=4), "did you mean 'context'"), (CoOp, dict(init='a photo', context=3), 'set context to 2'),
-                          (CoOp, dict(context=100), 'too long'), (CoCoOp, dict(chunk=0), 'larger'), (CoCoOp, dict(position='end'), "no setting 'position'"), (CoOp, dict(context=-1), 'larger')):
+                          (CoOp, dict(context=100), 'too long'), (CoCoOp, dict(chunk=0), 'above 0'), (CoCoOp, dict(position='end'), "no setting 'position'"), (CoOp, dict(context=-1), 'above 0')):
         with pytest.raises(IpoError, match=says): peer = cls(); peer.fit(task, peer.settings(1, **kw)); peer.logits(task, 'base')
 
 def test_the_papers_epochs():

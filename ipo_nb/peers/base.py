@@ -291,7 +291,7 @@ def rate(epoch:int, settings:dict # from 0; see `TRAINING`
         ) -> float: # learning rate of this epoch
     "Warm-up, then cosine."
     if epoch < settings['warmup']: return settings['warmup_lr']
-    return settings['lr'] * (1 + math.cos(math.pi*epoch/settings['epochs']))/2
+    return settings['lr'] * (1 + math.cos(math.pi*(epoch - settings['warmup'])/settings['epochs']))/2
 
 # %% ../../nbs/peers/00_base.ipynb #9f8dfb52
 class Diverged(IpoError): "The loss is no number any more; the parameters are those of the last good step."
@@ -315,16 +315,20 @@ def _step(params, opt, scaler, loss_fn, batch, settings):
     scaler.scale(loss).backward(); scaler.step(opt); scaler.update()
     return loss.item()
 
-def _guarded(step, params, n, settings):
-    "The loss of `step()`; undoes it and raises where it left the numbers or the memory."
-    good = [p.detach().clone() for p in params]
+def _back(params, good):
+    with torch.no_grad():
+        for p, g in zip(params, good): p.copy_(g)
+
+def _guarded(step, params, good, n, settings):
+    "The loss of `step()`. Where it is no number, goes back to `good`, the last parameters whose loss was one, and raises."
+    before = [p.detach().clone() for p in params]
     try: loss = step()
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and 'not enough memory' not in str(e): raise
         raise _memory_error(settings, n) from e
+    if math.isfinite(loss): good[:] = before
     if math.isfinite(loss) and all(p.isfinite().all() for p in params): return loss
-    with torch.no_grad():
-        for p, g in zip(params, good): p.copy_(g)
+    _back(params, good)
     raise Diverged(f"the loss is {loss} in training step {n} with {_told(settings)}: lower lr; the last good state is kept.")
 
 # %% ../../nbs/peers/00_base.ipynb #081be48e
@@ -336,6 +340,7 @@ def train(parameters, # tensors that require gradients
          ) -> list: # mean loss of each epoch
     "Train as CoOp does. Raises `Diverged` for a loss that is no number, `IpoError` where memory runs out."
     params, losses, n = list(parameters), [], 0
+    good = [p.detach().clone() for p in params]
     opt = torch.optim.SGD(params, lr=settings['lr'], momentum=settings['momentum'], weight_decay=settings['weight_decay'])
     scaler = torch.amp.GradScaler(images.clip.device, enabled='fp16' in (settings['amp'], images.clip.precision))
     for epoch in range(settings['epochs']):
@@ -343,7 +348,7 @@ def train(parameters, # tensors that require gradients
         total = 0.
         for batch in images.batches(epoch, settings['batch_size']):
             n += 1; step = lambda: _step(params, opt, scaler, loss_fn, batch, settings)
-            total += _guarded(step, params, n, settings) * len(batch.rows)
+            total += _guarded(step, params, good, n, settings) * len(batch.rows)
         losses.append(total/len(images))
         if each_epoch: each_epoch(epoch)
     return losses
@@ -380,8 +385,9 @@ def _checked(self:Peer, key, value):
         raise IpoError(f"{key} of {self.title} cannot be {value!r}{nearest(value, map(str, known[key]))}: choose one of {', '.join(map(str, known[key]))}.")
     if isinstance(was, float) and type(value) is int: value = float(value)
     if was is not None and type(value) is not type(was): raise IpoError(f"{key} of {self.title} must be like {was!r}, and is {value!r}.")
-    if type(value) in (int, float) and not 0 <= value < math.inf or key in ('epochs', 'batch_size', 'chunk') and value < 1:
-        raise IpoError(f"{key} of {self.title} is {value!r}: give a larger number.")
+    if type(value) in (int, float) and not 0 <= value < math.inf or key in ('epochs', 'batch_size', 'chunk', 'lr') and value <= 0:
+        raise IpoError(f"{key} of {self.title} is {value!r}: give a number above 0, and a finite one.")
+    if key.endswith('_share') and value > 1: raise IpoError(f"{key} of {self.title} is {value!r}: give a share between 0 and 1.")
     return value
 
 def cost(parameters:int=0, images:int=0, # trained numbers; images seen in training, with repetition

@@ -42,6 +42,7 @@ def told(task, n:int # sentences a class
 class CoPrompt(MaPLe):
     "MaPLe with adapters, consistent with a frozen CLIP under perturbation."
     name, title, source = 'coprompt', 'CoPrompt', 'Roy and Etemad, ICLR 2024'
+    uses = ('llm',) # sentences where there is one
     defaults = MaPLe.defaults | dict(epochs=8, weight=8., # the authors' configuration; the paper's lambda
         n=5, image_share=.1, text_share=.2) # sentences a class: our choice; shares of the adapters: the authors' code
 
@@ -63,7 +64,7 @@ def fit(self:CoPrompt, task, settings):
     self.gen = torch.Generator().manual_seed(seed_for('peers', task.seed, self.name, 'sentences'))
     trained = Learner.fit(self, task, settings)
     self.note = ' '.join(filter(None, [self.note, said]))
-    return {k: trained[k] + spent[k] for k in trained}
+    return {k: trained[k] + spent[k] for k in trained} | dict(images=2*trained['images']) # two views of each
 
 @patch
 def loss(self:CoPrompt, task, batch, settings):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PEERS', 'SEARCHES', 'PEER_FORMAT', 'KINDS', 'COST_AXES', 'peer_class', 'lacking', 'parse_peers', 'check_task',
            'identity', 'load_peer_record', 'run_peer', 'search_name', 'search_records', 'load_records', 'paper_file',
-           'paper_rows', 'in_paper', 'intervals', 'Summary', 'summarise', 'averages', 'peer_table', 'peer_numbers',
-           'peer_pairs', 'over_runs', 'peer_gains', 'tokens_table', 'peer_colour', 'peer_bars', 'peer_scatter',
-           'peer_figures', 'write_side_by_side']
+           'paper_rows', 'in_paper', 'intervals', 'Summary', 'summarise', 'with_seeds', 'averages', 'peer_table',
+           'peer_numbers', 'peer_pairs', 'over_runs', 'peer_gains', 'tokens_table', 'peer_colour', 'peer_bars',
+           'peer_scatter', 'peer_figures', 'write_side_by_side']
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #1bc3e590
 import csv, json, platform, time
@@ -104,11 +104,11 @@ def _learn(peer, settings, task): # cost and seconds; learned now, or before a r
     from ipo_nb.peers.base import load_learned, save_learned
     tensors, facts = task.folder/'learned.safetensors', task.folder/'learning.json'
     if peer.kind == 'gradient' and tensors.exists() and facts.exists():
-        load_learned(peer, task, tensors)
-        return _read(facts)
+        load_learned(peer, task, tensors); found = _read(facts); peer.note = found.get('note', '')
+        return found
     start = time.perf_counter()
     spent = peer.fit(task, settings)
-    found = dict(cost=spent, seconds=round(time.perf_counter() - start, 2))
+    found = dict(cost=spent, seconds=round(time.perf_counter() - start, 2), note=getattr(peer, 'note', ''))
     save_learned(peer, task, tensors); write_json(facts, found)
     return found
 
@@ -138,9 +138,10 @@ PEER_FORMAT = 1 # of a peer's result.json
 
 def _result(name, dataset, peer, settings, task, facts, cost): # result.json
     chosen = dict(clip=task.clip.spec, shots=task.shots, seed=task.seed) | (dict(llm=task.llm.spec) if 'llm' in _reads(peer) and task.llm else {})
-    own = _facts(task); facts = facts or {}
+    own, facts = _facts(task), facts or {}
+    if 'scored' in _reads(peer): chosen |= facts.get('search', {}) # which search it goes on from
     return dict(format=PEER_FORMAT, dataset=dataset, method=name, title=peer.title, kind=peer.kind, source=peer.source, settings=settings | chosen,
-                data=own | facts | dict(counts=facts.get('counts', {}) | own['counts']), cost=cost, evaluation=_evaluate(peer, task).to_dict(),
+                data=own | {k: v for k, v in facts.items() if k != 'search'} | dict(counts=facts.get('counts', {}) | own['counts']), cost=cost, evaluation=_evaluate(peer, task).to_dict(),
                 texts=getattr(peer, 'texts', list)(), note=getattr(peer, 'note', ''), **peer.explain(task))
 
 def _manifest(task, peer, seconds): # manifest.json
@@ -166,7 +167,7 @@ def run_peer(name:str,   # a key of `PEERS`
              task,       # `Task`
              out_dir,    # folder of the records
              dataset:str,# name of the data card
-             facts:dict=None, # more about the data: split_sha, split_source
+             facts:dict=None, # more about the data: split_sha, split_source; search: settings of the run behind `task.scored`
              spent:dict=None, # what the search behind `task.scored` has cost: calls, tokens_in, tokens_out, images, seconds
              **settings  # that differ from the paper's
             ) -> dict:   # as `load_peer_record`
@@ -322,6 +323,16 @@ def _differs(variants, key): # ' (epochs 5)' where a method is there with severa
     mine, all_ = variants[key], [set(map(str, v.items())) for v in variants.values()]
     odd = [f'{k} {v}' for k, v in mine.items() if any(str((k, v)) not in s for s in all_)]
     return f" ({', '.join(odd)})" if odd else ''
+
+# %% ../../nbs/peers/08_side_by_side.ipynb #7b1e5001
+def with_seeds(records:list, # of one run
+               out_dir # folder of records
+              ) -> list: # the same, and those of other seeds with the same methods and settings
+    "Gather what other seeds have left."
+    def kind(r): return r['dataset'], r['settings']['clip'], r['settings']['shots'], r['method'], sha(_settings(r))
+    kinds, seeds = set(map(kind, records)), {(kind(r), r['settings']['seed']) for r in records}
+    more = {(kind(r), r['settings']['seed']): r for r in load_records(out_dir, {r['dataset'] for r in records}) if kind(r) in kinds}
+    return records + [r for k, r in more.items() if k not in seeds]
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #fe53885f
 def averages(rows:list # of `summarise`
