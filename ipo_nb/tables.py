@@ -442,7 +442,7 @@ def base_to_novel(shelf:Shelf,
                   shots:int=1,       # 1 (table 6) or 16 (table 8)
                   where:dict=None,   # more that the runs must have
                   mix:bool=False,    # let different settings stand side by side
-                  command:str='ipo_sweep base_to_novel' # that makes the records
+                  command:str='ipo_sweep peers' # that makes the records
                  ) -> Sheet: # a row for each dataset and method
     "Every method side by side (the paper's tables 6, 7 and 8)."
     rows, runs, notes = _method_rows(shelf, dict(shots=shots) | (where or {}), mix)
@@ -532,7 +532,7 @@ def _prompt_rows(run): # IPO, its control, the plain template
                        **{'few-shot accuracy': scores.get(name, {}).get('accuracy')}, base=n['base'], novel=n['novel'], H=n['h'])
 
 def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-                  command:str='ipo_sweep base_to_novel') -> Sheet: # three rows a run, and the paper's
+                  command:str='ipo_sweep peers') -> Sheet: # three rows a run, and the paper's
     "What was found (the paper's tables 3 and 17)."
     runs, notes = family(runs, (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix)
     rows = [row for r in sorted(runs, key=lambda r: (r.result['dataset'], r.result['settings']['seed'])) for row in _prompt_rows(r)]
@@ -589,7 +589,7 @@ def first_runs(runs:list, shots:int=1, where:dict=None, mix:bool=False # as in `
     return list({r.result['dataset']: r for r in reversed(found)}.values())[::-1]
 
 def descriptions_sheet(runs:list, most:int=6, # of `first_runs`; rows of each dataset
-                       command:str='ipo_sweep base_to_novel') -> Sheet: # a row an image
+                       command:str='ipo_sweep peers') -> Sheet: # a row an image
     "Descriptions of few-shot images (the paper's table 18)."
     rows = [{'dataset': r.result['dataset'], 'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ()))} for r in runs for d in r.result.get('descriptions', [])[:most]]
     who = ', '.join(dict.fromkeys(settings_of(r)['captioner'] for r in runs))
@@ -608,7 +608,7 @@ def steps_sheet(run:Record) -> Sheet: # step 0, then each step of which the reco
         form = s.get('sent', 'message'); b = best.get(s['step'], best[max(best)])
         rows.append(dict(step=s['step'], read=s.get(form) if form != 'memory' else '(the memory itself)', **{'best prompt after it': b.prompt, 'accuracy': b.accuracy, 'loss': b.loss}))
     notes = f"Step 0 is the default prompt. Optimizer {r['search']['llm']}; the random control ended with {(r.get('control_chosen') or {}).get('prompt', 'nothing')}."
-    return Sheet(name, f"{r['dataset']}: what the optimizer read", rows, ('read', 'best prompt after it'), notes=(notes,), command='ipo_sweep base_to_novel')
+    return Sheet(name, f"{r['dataset']}: what the optimizer read", rows, ('read', 'best prompt after it'), notes=(notes,), command='ipo_sweep peers')
 
 # %% ../nbs/14_tables.ipynb #d038a446
 def words_sheets(runs:list, # of `first_runs`
@@ -622,7 +622,7 @@ def words_sheets(runs:list, # of `first_runs`
         parts = [w for w in r['word_importance'] if w['kind'] in ('word', 'phrase')]; half = (by['IPO']['H'].high - by['IPO']['H'].low)/2
         big = [w['removed'] for w in parts if abs(w['drop']) > half]
         note = f"{len(big)} of {len(parts)} words or phrases change H by more than the half-width of its interval ({half:.1f}){': ' + ', '.join(big) if big else ''}; the last rows are other prompts."
-        out.append(Sheet(f"words_{r['dataset']}", f"{r['dataset']}, seed {r['settings']['seed']}: words left out{_setting_title([run])}", rows, ('left out', 'prompt'), notes=(note,), command='ipo_sweep base_to_novel'))
+        out.append(Sheet(f"words_{r['dataset']}", f"{r['dataset']}, seed {r['settings']['seed']}: words left out{_setting_title([run])}", rows, ('left out', 'prompt'), notes=(note,), command='ipo_sweep peers'))
     return out
 
 # %% ../nbs/14_tables.ipynb #721c91f0
@@ -633,7 +633,7 @@ def _tokens_verdict(peers): # one sentence
 
 def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
                  where:dict=None, mix:bool=False, # as in `family`
-                 command:str='ipo_sweep base_to_novel') -> Sheet: # a row for each learned vector, for the first seed
+                 command:str='ipo_sweep peers') -> Sheet: # a row for each learned vector, for the first seed
     "Accuracy without each learned vector of CoOp and CoCoOp, and the words nearest to it (the paper's table 1b)."
     peers = sorted((p for p in shelf.peers if p['method'] in ('coop', 'cocoop') and p.get('tokens') and p['settings'].get('shots') == shots), key=lambda p: (p['dataset'], p['title'], p['settings']['seed']))
     runs, out = first_runs(shelf.runs, shots, where, mix), []; places = {(r.result['dataset'], r.result['settings'].get('clip')) for r in runs}
@@ -689,7 +689,7 @@ def _spread(values): # 'mean ± sd' of numbers that may lack
 
 # %% ../nbs/14_tables.ipynb #14f2c255
 def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-                  command:str='ipo_sweep base_to_novel') -> Sheet: # a row a dataset
+                  command:str='ipo_sweep peers') -> Sheet: # a row a dataset
     "Does the few-shot score of a prompt predict its test accuracy?"
     runs, notes = family([r for r in runs if r.result.get('tried')], (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix); out, means = [], []
     for d in dict.fromkeys(r.result['dataset'] for r in runs):
@@ -726,7 +726,7 @@ def _cost_verdict(rows): # a sentence for each dataset
         yield f"{d}: the highest H is that of {mine[0]['method']}, with {mine[0]['seconds of learning']:.1f} seconds and {mine[0]['LLM calls']} LLM calls" + (f"; over the {len(mine)} methods the rank correlation of seconds and H is {rho:.2f}." if rho is not None else '.')
 
 def cost_sheet(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-               command:str='ipo_sweep base_to_novel') -> Sheet: # a row for each dataset and method
+               command:str='ipo_sweep peers') -> Sheet: # a row for each dataset and method
     "H and what was spent on it."
     rows, runs, notes = _method_rows(shelf, dict(shots=shots) | (where or {}), mix); cells, out = gather(rows, lambda a: (a['dataset'], a['method'])), []
     for (d, m), c in sorted(cells.items(), key=lambda x: (x[0][0], -x[1].nums()['h'].mean)):

@@ -47,7 +47,7 @@ def test_its_own_parameters_learn_and_no_others(kind, custom, layers, depth):
     task = make(tiny_clip(custom, layers=layers)); before = copy.deepcopy(task.clip.model.state_dict())
     peer = fitted(kind, task, epochs=1, depth=depth)
     n = peer.used['n_ctx']
-    assert peer.spent == cost(formula(kind, task.clip, depth, n), 12 if kind == 'coprompt' else 6) # CoPrompt sees two views
+    assert peer.spent == cost(formula(kind, task.clip, depth, n), 12 if kind is CoPrompt else 6) # CoPrompt sees two views
     assert all(p.requires_grad and p.grad is not None and p.grad.any() for p in peer.learned.parameters())
     assert all(p.grad is None for p in task.clip.model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in task.clip.model.state_dict().items())
