@@ -35,7 +35,7 @@ def test_the_sweeps_of_the_repository_can_be_read(path):
     assert found.name == path.stem and found.about
     if path.stem.startswith('paper'): return
     assert {r.get('seed') for r in runs} == {1, 2, 3} and {r['llm'] for r in runs} == {'smollm2'} and all(r.get('control', True) for r in runs)
-    assert all(r['dataset'].startswith('mini_') for r in runs) and found.seconds_per_step
+    assert all(r['dataset'].startswith('eurosat' if path.stem == 'peers_eurosat' else 'mini_') for r in runs) and found.seconds_per_step
 
 def test_all_runs_of_the_embedded_sweeps_can_start():
     for path in sorted(sweep.sweeps_dir().glob('[!p]*.yaml')):
