@@ -7,7 +7,7 @@ __all__ = ['given', 'recorded_settings', 'resolve', 'Study', 'find_study', 'open
            'notebook', 'run_notebook', 'main']
 
 # %% ../nbs/11_study.ipynb #7eaf9e80
-import argparse, json, platform, subprocess, sys, time
+import argparse, json, logging, platform, subprocess, sys, time
 from collections import Counter
 from dataclasses import dataclass, asdict, field, replace
 from datetime import datetime, timezone
@@ -92,13 +92,22 @@ class Study:
         return Path(self.config.out_dir)/self.config.dataset/run_id(self.config, data_sha)
     @cached_property
     def calls(self): return llm.Calls(self.folder/'calls.jsonl') # every answer that was paid for or waited for
-    @property
-    def finished(self): return (self.folder/'result.json').exists() # the search and its record
-    @property
-    def complete(self): # and with the peers that were asked for
-        if not self.config.peers: return self.finished
-        done = self.folder/'peers.json'
-        return self.finished and done.exists() and json.loads(done.read_text()) == dict(asked=self.config.peers, left_out={})
+    @cached_property
+    def llm(self):
+        c = self.config
+        return llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, max_tokens=c.reply_tokens, timeout=c.timeout)
+    @cached_property
+    def few_feats(self): return scorer.image_features(self.clip, [i.image for i in self.few_shot])
+
+# %% ../nbs/11_study.ipynb #5b1d0001
+@patch(as_prop=True)
+def finished(self:Study): return (self.folder/'result.json').exists() # the search and its record
+
+@patch(as_prop=True)
+def complete(self:Study): # and with the peers that were asked for
+    if not self.config.peers: return self.finished
+    done = self.folder/'peers.json'
+    return self.finished and done.exists() and json.loads(done.read_text()) == dict(asked=self.config.peers, left_out={})
 
 # %% ../nbs/11_study.ipynb #8e31778e
 @patch
@@ -145,6 +154,7 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
     if not study.finished: study.check_files(); study.claim()
     return study
 
+# %% ../nbs/11_study.ipynb #5b1d0002
 def _begins_as_image(path):
     try:
         with Image.open(path): return True
@@ -259,9 +269,8 @@ def gallery(self:Study): # a figure
 @patch
 def judge(self:Study, prompts, rows) -> list: # a `Score` for each prompt
     "Score prompts on some of the few-shot images of the base classes."
-    feats = scorer.image_features(self.clip, [i.image for i in self.few_shot])
     labels = torch.tensor([i.label for i in self.few_shot])
-    return scorer.score(self.clip, prompts, self.halves[0], feats[rows], labels[rows])
+    return scorer.score(self.clip, prompts, self.halves[0], self.few_feats[rows], labels[rows])
 
 @patch
 def too_long(self:Study, prompt) -> bool:
@@ -291,7 +300,6 @@ def search(self:Study):
     "The search with the optimizer LLM; resumes where a journal was cut off."
     if self.finished: return
     c = self.config
-    self.llm = llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, max_tokens=c.reply_tokens, timeout=c.timeout)
     kept = llm.Recorded(self.llm, self.calls)
     told = dict(with_loss=c.feedback in ('both', 'loss'), with_accuracy=c.feedback in ('both', 'accuracy'), max_words=c.max_words)
     self.searched = self.search_with(kept, 'history.jsonl', rules=optimizer.stop_rules(c), prices=(c.price_in, c.price_out), extremes=c.extremes, told=told)
@@ -449,8 +457,7 @@ def images(self:Study) -> list: # PIL images
 def task(self:Study, record:report.Record) -> Task: # of this study, after its run
     "What the peers see."
     c, test = self.config, {half: data.subset(self.dataset.test, half, self.dataset) for half in ('base', 'novel')}
-    model = llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, max_tokens=c.reply_tokens, timeout=c.timeout)
-    return Task(self.clip, *self.halves, self.few_shot, test, self.dataset.card.template, c.shots, c.seed, llm=model, scored=report.scored(record.history))
+    return Task(self.clip, *self.halves, self.few_shot, test, self.dataset.card.template, c.shots, c.seed, llm=self.llm, scored=report.scored(record.history))
 
 @patch
 def sentences(self:Study, model # an optimizer LLM
@@ -521,6 +528,7 @@ def run_notebook(params:dict, # parameters of `run_dataset.ipynb`
     given(params)
     out = Path(out or Path(params.get('out_dir') or project_dir()/'runs')/f"{params.get('dataset', 'mini_textures')}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL) # of a kernel that Ctrl-C ended it would print the traceback
     try: papermill.execute_notebook(str(notebook()), str(out), parameters=params, progress_bar=False,
                                         stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e:

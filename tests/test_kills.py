@@ -112,14 +112,16 @@ def test_whole_runs_killed_at_random_moments(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'write_report', lambda *_: None)
     complete(tmp_path/'warm') # image features into the cache, imports
     start = time.perf_counter(); whole = (complete(tmp_path/'whole')/'result.json').read_bytes(); long = time.perf_counter() - start
-    rng, kills, stages = random.Random(6), 0, set()
-    for i in range(4):
+    rng, kills, stages, rounds = random.Random(6), 0, set(), 0
+    while kills < 8 or not stages >= {'history.jsonl', 'descriptions.json'}: # a busy machine hits other moments than a quiet one
+        rounds += 1; assert rounds <= 12, (kills, stages)
+        folder = tmp_path/str(rounds)
         for _ in range(3):
-            kills += kill_one(tmp_path/str(i), rng.uniform(.1, .9)*long)
-            stages |= {p.name for p in (tmp_path/str(i)).glob('*/*/*')}
-        assert (complete(tmp_path/str(i))/'result.json').read_bytes() == whole
-        assert not list((tmp_path/str(i)).glob('*/*/*.tmp'))
-    assert kills >= 6 and {'history.jsonl', 'descriptions.json'} <= stages
+            killed = kill_one(folder, rng.uniform(.1, .9)*long)
+            kills += killed; long *= 1 if killed else .7
+            stages |= {p.name for p in folder.glob('*/*/*')}
+        assert (complete(folder)/'result.json').read_bytes() == whole
+        assert not list(folder.glob('*/*/*.tmp'))
 
 def test_ctrl_c_and_a_second_process(tmp_path, monkeypatch):
     "A real ipo_run: while it works, this process is refused the same run; Ctrl-C ends it with a sentence; what follows is the same."

@@ -11,7 +11,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import *
 from .base import *
-from .coop import first_context, token_importance
+from .coop import CoOp, first_context, token_importance
 
 # %% ../../nbs/peers/02_cocoop.ipynb #ba27ef88
 class _Conditional(nn.Module):
@@ -35,10 +35,7 @@ class CoCoOp(Learner):
     def build(self, task, settings):
         self.sentences, dim = {}, text_forward(task.clip, *embed(task.clip, ['a'])).shape[1] # as long as image features
         return _Conditional(first_context(task.clip, settings['context'], settings['init']), dim)
-    def slots(self, task, names): # made once for each list of names
-        key = tuple(names)
-        if key not in self.sentences: self.sentences[key] = slots(task.clip, names, self.used['context'])
-        return self.sentences[key]
+    slots = CoOp.slots # the class sentences are CoOp's
 
 # %% ../../nbs/peers/02_cocoop.ipynb #b96b33d1
 @patch
@@ -47,6 +44,7 @@ def explain(self:CoCoOp, task):
     read = sum(len(task.items(h))*len(task.names(h)) for h in ('base', 'novel'))
     return dict(tokens=token_importance(self, task)) if read < 100_000 else {}
 
+# %% ../../nbs/peers/02_cocoop.ipynb #5b1d0003
 @patch
 def conditional(self:CoCoOp, task:Task, feats:torch.Tensor, names # [B, D] unit image features, C class names
                ) -> torch.Tensor: # [B, C] CLIP's logits

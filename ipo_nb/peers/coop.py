@@ -44,7 +44,7 @@ class CoOp(Learner):
 
     def slots(self, task, names): # made once for each list of names
         key = tuple(names)
-        if key not in self.sentences: self.sentences[key] = slots(task.clip, names, self.used['context'], self.used['position'])
+        if key not in self.sentences: self.sentences[key] = slots(task.clip, names, self.used['context'], self.used.get('position', 'end'))
         return self.sentences[key]
 
 # %% ../../nbs/peers/01_coop.ipynb #c25ac8ef

@@ -472,6 +472,7 @@ def _panel(ax, rows, key, title): # horizontal bars of one accuracy
     ax.set(xlim=(0, 112), xticks=range(0, 101, 20), ylim=(len(rows) - .4, -.6)); ax.grid(False, axis='y'); ax.set_title(title, size=10)
     ax.tick_params(axis='y', length=0)
 
+# %% ../../nbs/peers/08_side_by_side.ipynb #5b1d0004
 @picture
 def peer_bars(rows:list # of `Summary`, one dataset, CLIP and shots
              ) -> Picture: # three panels, a bar for each method
