@@ -177,7 +177,7 @@ def claim(self:Study):
     try: self.lock.acquire(timeout=0)
     except Timeout as e:
         raise IpoError(f"another process is working on this very run in {self.folder}: wait for it, or choose another out_dir.") from e
-    write_json(self.folder/'config.json', self.config.model_dump())
+    write_json(self.folder/'config.json', self.config.model_dump(exclude={'out_dir'})) # a record may be moved
     if not read_jsonl(self.folder/'calls.jsonl'): append_jsonl(self.folder/'calls.jsonl', dict(run=dict(dataset=self.config.dataset, settings=self.settings())))
 
 @patch

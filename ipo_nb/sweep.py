@@ -487,10 +487,6 @@ def _home(run, answer):
     run.state, run.why, run.seconds, files, logs = answer
     write_files(run.log.parent, logs); write_files(run.folder, files)
 
-def _at_home(run):
-    "The configuration names the folder here."
-    path = run.folder/'config.json'
-    if path.exists(): write_json(path, json.loads(path.read_text()) | dict(out_dir=run.config.out_dir))
 
 # %% ../nbs/12_sweep.ipynb #c81088b0
 def _wait(ray, begin, desk, run, stop):
@@ -540,7 +536,7 @@ def run_on_ray(runs:list,      # of `Run`
         return task.options(num_cpus=threads, num_gpus=int(_on_gpu(run))).remote(run.number, _sent(run), run.folder.name, desk, threads, argv)
     def work(run, stop):
         with FileLock(_folder(run)/'.lock', timeout=0): _wait(ray, lambda: begin(run), desk, run, stop)
-        _at_home(run); return run
+        return run
     in_threads(todo, work, max(1, len(todo)))
 
 # %% ../nbs/12_sweep.ipynb #d4849493

@@ -167,8 +167,11 @@ def test_interrupted_killed_without_memory_and_in_the_end_whole(tmp_path, sweeps
 # --- Ray ---
 
 without_kernel = '''
-import os, sys
+import os, sys, time
 from ipo_nb import study, sweep
+judge = study.Study.judge
+def slowly(self, prompts, rows): time.sleep(.1); return judge(self, prompts, rows)
+study.Study.judge = slowly # journals come home once a second
 def run(params, out=None):
     with open({where!r}, 'a') as f: f.write('begun\\n')
     s = study.open_study(params); s.describe(); s.search(); s.run_control(); s.finish(); return out
@@ -211,7 +214,7 @@ def test_a_node_is_killed_in_mid_sweep(tmp_path, cluster):
         whole.describe(); whole.search(); whole.run_control(); whole.finish()
         home, alone = sweep.files_of(r.folder), sweep.files_of(whole.folder)
         assert home['result.json'] == alone['result.json'] and home.keys() == alone.keys()
-        assert json.loads(home['config.json'])['out_dir'] == r.config.out_dir and r.log.exists()
+        assert 'out_dir' not in json.loads(home['config.json']) and r.log.exists()
     assert [r.state for r in sweep.look_all([r.params for r in runs])] == ['finished', 'finished']
 
 def test_a_cluster_that_goes_away_leaves_a_reason_and_the_steps(tmp_path):
