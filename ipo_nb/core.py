@@ -6,10 +6,10 @@
 __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'Count', 'Positive', 'ELSEWHERE', 'IpoError', 'nearest', 'fill', 'Score',
            'Scored', 'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'sha', 'seed_for', 'Limits',
            'Ablations', 'RunConfig', 'make_config', 'run_id', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl',
-           'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
+           'pack_jsonl', 'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #59d5e7e6
-import errno, hashlib, json, os, re
+import errno, gzip, hashlib, json, os, re, zlib
 from dataclasses import dataclass, asdict
 from difflib import get_close_matches
 from functools import lru_cache
@@ -253,11 +253,16 @@ def write_json(path, # file to write
     return write_text(path, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/00_core.ipynb #116d4cfd
+def _journal(path): # bytes; a finished journal may be packed, as history.jsonl.gz
+    path = Path(path); packed = path if path.suffix == '.gz' else path.with_name(path.name + '.gz')
+    if path != packed and path.exists(): return path.read_bytes()
+    try: return gzip.decompress(packed.read_bytes()) if packed.exists() else b''
+    except (OSError, EOFError, zlib.error) as e: raise IpoError(f"{packed} is damaged: restore it, or delete this run's folder and run it again.") from e
+
 def read_jsonl(path # a journal
               ) -> list: # one object a line; a last line that was cut off is left out
-    "Read a journal. Raises `IpoError` where a line before the last one is damaged."
-    if not Path(path).exists(): return []
-    out, lines = [], Path(path).read_bytes().split(b'\n')
+    "Read a journal, packed or not. Raises `IpoError` where a line before the last one is damaged."
+    out, lines = [], _journal(path).split(b'\n')
     for i, line in enumerate(lines[:-1]): # what follows the last newline was never finished
         try: out.append(json.loads(line))
         except ValueError as e:
@@ -270,6 +275,7 @@ def append_jsonl(path, # a journal
                 ) -> None:
     "Append one line and wait until the disk has it; an unfinished line before it is cut off."
     path = Path(path)
+    if not path.exists() and (packed := _journal(path)): write_text(path, packed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+b') as f:
@@ -278,6 +284,13 @@ def append_jsonl(path, # a journal
             try: f.write(json.dumps(obj, sort_keys=True, ensure_ascii=False).encode() + b'\n'); f.flush(); os.fsync(f.fileno())
             except OSError: f.truncate(end); raise
     except OSError as e: raise _disk_error(e, path) from e
+
+# %% ../nbs/00_core.ipynb #70ac0002
+def pack_jsonl(path # a journal; becomes path.gz
+              ) -> None:
+    "Compress a finished journal."
+    path = Path(path)
+    write_text(path.with_name(path.name + '.gz'), gzip.compress(path.read_bytes(), mtime=0)); path.unlink()
 
 # %% ../nbs/00_core.ipynb #1a192b37
 _package = Path(__file__).parent if '__file__' in globals() else Path.cwd().parent/'ipo_nb'

@@ -7,10 +7,10 @@ __all__ = ['FORMAT', 'COLOURS', 'STYLE', 'Record', 'load_record', 'scored', 'bes
            'summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'transfer_table',
            'cost_table', 'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table',
            'colour', 'Picture', 'picture', 'gallery', 'trajectory', 'comparison', 'words_figure', 'headline', 'parts',
-           'meta_prompt_html', 'report_markdown', 'report_html', 'figures', 'tables', 'write_report']
+           'meta_prompt_html', 'report_markdown', 'report_html', 'figures', 'tables', 'write_report', 'pack']
 
 # %% ../nbs/10_report.ipynb #dd29d14e
-import base64, csv, io, json
+import base64, csv, io, json, shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -580,6 +580,16 @@ def write_report(record:Record,    # a run
         write_text(record.path/'tables'/f'{t.name}.md', f'{t.markdown()}\n'); write_text(record.path/'tables'/f'{t.name}.csv', t.csv())
     write_text(record.path/'report.md', report_markdown(record))
     return write_text(record.path/'report.html', report_html(record))
+
+# %% ../nbs/10_report.ipynb #70ac0012
+def pack(folder # of a finished run
+        ) -> Record: # the same
+    "Make a record small enough for a repository. Raises `IpoError` where it is unfinished."
+    load_record(folder)
+    for f in Path(folder).glob('*.jsonl'): pack_jsonl(f)
+    for part in ('figures', 'tables'): shutil.rmtree(Path(folder)/part, ignore_errors=True)
+    for f in ('report.html', 'report.md'): (Path(folder)/f).unlink(missing_ok=True)
+    return load_record(folder)
 
 # %% ../nbs/10_report.ipynb #f2362097
 @patch

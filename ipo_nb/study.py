@@ -547,7 +547,7 @@ def main(argv=None) -> int: # exit code: 0 done, 1 a mistake that the sentence n
     try:
         params = dict(map(_parameter, args.p))
         study = find_study(dict(dataset='mini_textures') | params) # the notebook's default
-        if study.complete and not args.output: print(study.intro(), closing(report.load_record(study.folder)), sep='\n'); return 0
+        if study.complete and not args.output: print(study.intro(), closing(study.finish()), sep='\n'); return 0
         out = run_notebook(params, args.output)
     except IpoError as e: print(f'\nipo_run: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nipo_run: interrupted; steps that were finished are kept, and the same command goes on from there.', file=sys.stderr); return 130

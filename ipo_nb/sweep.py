@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .core import *
-from . import data, optimizer, study
+from . import data, optimizer, report, study
 
 # %% ../nbs/12_sweep.ipynb #5c044f28
 Axis = Annotated[list, Field(min_length=1)]
@@ -545,6 +545,7 @@ def _arguments(argv):
     cli.add_argument('spec', metavar='SPEC', help='a YAML file, or the name of one in nbs/sweeps')
     cli.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help="a parameter of all runs, over the file's base")
     cli.add_argument('--plan', action='store_true', help='say what would be done, and do nothing')
+    cli.add_argument('--pack', action='store_true', help='at the end make finished records small enough for git: journals compressed, reports and figures left away')
     cli.add_argument('--ray', nargs='?', const='local', metavar='ADDRESS', help="run on a Ray cluster: its address, or 'auto'; without an address on this machine")
     cli.add_argument('--workers', type=int, default=1, metavar='N', help='runs side by side on this machine (default: 1)')
     cli.add_argument('--threads', type=int, default=0, metavar='N', help='threads of each run (default: an equal share of the cores; with --ray 1)')
@@ -561,6 +562,8 @@ def _sweep(args):
     if not args.plan and any(r.waits for r in runs):
         run_on_ray(runs, args.ray, args.threads or 1) if args.ray else run_local(runs, args.workers, args.threads)
         print('\n' + results_text(runs))
+    for r in runs:
+        if args.pack and not args.plan and r.state in ('finished', 'done'): report.pack(r.folder)
     return not any(r.state == 'failed' for r in runs)
 
 def main(argv=None) -> int: # 0: all runs are finished, or planned; 1: one failed, or a mistake that the sentence names; 130: interrupted

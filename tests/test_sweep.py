@@ -164,6 +164,12 @@ def test_interrupted_killed_without_memory_and_in_the_end_whole(tmp_path, sweeps
     begin = time.monotonic()
     assert sweep.main([str(path)]) == 0 and time.monotonic() - begin < 30 # skipped, without a kernel
 
+    loose = report.load_record(run.folder); assert (run.folder/'report.html').exists()
+    assert sweep.main([str(path), '--pack']) == 0 and not [f for f in run.folder.iterdir() if f.suffix in ('.jsonl', '.html')]
+    tight = report.load_record(run.folder)
+    assert (tight.result, tight.history, tight.control) == (loose.result, loose.history, loose.control)
+    assert study.main([x for k, v in run.params.items() for x in ('-p', k, str(v))]) == 0 and (run.folder/'report.html').exists() # drawn again
+
 # --- Ray ---
 
 without_kernel = '''
