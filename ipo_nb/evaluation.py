@@ -131,6 +131,7 @@ class Half:
     feats:object   # [N, D] L2-normalised image features
     labels:object  # [N] numbers of the right names
     split:str=''   # where the lists of a target come from, one of `data.SPLIT_SOURCES`
+    template:str='' # the hand-written template of a target
 
 def _correct(clip, prompts, half, predict=None): # [P, N] truth values
     if predict is None: from ipo_nb.scorer import predict # torch is loaded only here
@@ -163,19 +164,19 @@ def compare_all(methods:list # evaluations, the one of interest first
 # %% ../nbs/08_evaluation.ipynb #5bc0699d
 def _row(dataset, method='', prompt='', correct=(), classes=0, skipped='', seed=0, split=''): # of a transfer
     scored = dict(accuracy=accuracy(correct), interval=interval(correct, seed=seed)) if len(correct) else dict(accuracy=None, interval=None)
-    return dict(dataset=dataset, method=method, prompt=prompt, **scored, n=len(correct), classes=classes, split=split, skipped=skipped)
+    return dict(dataset=dataset, method=method, prompt=prompt, **scored, n=len(correct), classes=classes, split=split, skipped=skipped, correct=pack_bits(correct))
 
 def transfer(clip,         # a model of the scorer
              prompts:dict, # name of a method -> its prompt
              targets,      # pairs of a dataset's name and its `Half` with all classes, or the reason why there is none
              seed:int=0,   # of the bootstrap
              predict=None  # as in `evaluate`
-            ) -> list: # rows: dataset, method, prompt, accuracy, interval, n images, classes, split, and why it was skipped
-    "Prompts on other datasets (the paper's table 9) and on shifted versions. A prompt too long for a target's names is skipped there."
+            ) -> list: # rows: dataset, method, prompt, accuracy, interval, n images, classes, split, why it was skipped, answers as `pack_bits`
+    "Prompts, and each target's own template, on other datasets (the paper's table 9) and on shifted versions. A prompt too long for a target's names is skipped there."
     rows = []
     for dataset, t in targets:
         if isinstance(t, str): rows.append(_row(dataset, skipped=t)); continue
-        for method, p in prompts.items():
+        for method, p in (prompts | ({'hand-written template': t.template} if t.template else {})).items():
             try: rows.append(_row(dataset, method, p, _correct(clip, [p], t, predict)[0], len(t.names), seed=seed, split=t.split))
             except IpoError as e: rows.append(_row(dataset, method, p, classes=len(t.names), skipped=str(e), split=t.split))
     return rows

@@ -25,6 +25,7 @@ from .core import *
 from .data import card_names, load_card
 from .evaluation import harmonic_mean
 from .miniworld import COLOURS as INKS, GENERATOR, PX, SS, TEXTURES, THINGS, Canvas, Frame, Rnd, class_names, wave
+from .peers.side_by_side import search_name
 from .report import Picture, Table, load_record, picture, safe
 from .scorer import Clip, load_clip, text_features
 
@@ -341,18 +342,20 @@ def segment_all(clip:Clip,    # loaded model with a ViT
 def run_prompts(folders # folders of finished runs
                ) -> dict: # name -> prompt
     "The prompts that runs have compared. Raises `IpoError` for an unfinished or damaged run."
-    out = {}
-    for folder in map(Path, folders):
-        mine = f' ({folder.name[:6]})' if len(folders) > 1 else ''
-        for m in load_record(folder).result['methods']:
+    out, runs = {}, [load_record(f).result for f in folders]
+    for r in runs:
+        mine = f" (seed {r['settings']['seed']})" if len(runs) > 1 else ''
+        for m in r['methods']:
             own = m['name'] not in ('default prompt', 'hand-written template')
             if (m['prompt'] or '').count(PLACEHOLDER) == 1 and m['prompt'] not in out.values(): out[m['name'] + mine*own] = m['prompt']
     return {k: out[k] for k in sorted(out, key=lambda k: (k != 'default prompt', k != 'hand-written template'))}
 
 def recorded_runs(dataset:str # a dataset's name
                  ) -> list: # folders below data_cards/records
-    "The finished runs that are committed."
-    return sorted(p.parent for p in (cards_dir()/'records'/dataset).glob('*/result.json'))
+    "The committed runs of `ipo_sweep peers` with one shot, a seed each."
+    runs = [load_record(p.parent) for p in (cards_dir()/'records'/'peers'/dataset).glob('*/peers.json')]
+    found = [r for r in runs if r.result['settings']['shots'] == 1 and search_name(r.result['settings']) == 'ipo']
+    return [r.path for r in sorted(found, key=lambda r: r.result['settings']['seed'])]
 
 # %% ../nbs/13_segmentation.ipynb #a6c90b12
 _PALETTE = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (184, 168, 0)], np.uint8)
@@ -403,7 +406,7 @@ def seg_columns(prompts:dict # name -> prompt, the plain one first
                ) -> dict: # title -> (prompt, path), for `seg_figure`
     "The plain prompt by three paths, then the optimized one (else the hand-written, else the last)."
     plain = next(iter(prompts.values())); found = [k for k in prompts if k.startswith('IPO')] + [k for k in prompts if k == 'hand-written template']; name = (found or [*prompts][-1:])[0]
-    return {f'plain, {p}': (plain, p) for p in ('value', 'token', 'pooled')} | {f'{name}, pooled': (prompts[name], 'pooled')}
+    return {f'plain, {p}': (plain, p) for p in ('value', 'token', 'pooled')} | {f"{name.removeprefix('hand-written ')}, pooled": (prompts[name], 'pooled')}
 
 # %% ../nbs/13_segmentation.ipynb #2d73c49c
 def paper_rows(file=None # segmentation.csv; None: the one of the data cards
@@ -458,13 +461,17 @@ def seg_record(clip:Clip,   # loaded model with a ViT
 
 # %% ../nbs/13_segmentation.ipynb #4157c9f2
 def seg_sentences(record:dict # of `seg_record`
-                 ) -> list: # a sentence for each row but the plain ones
-    "Is the difference to the first prompt larger than the spread over images?"
-    words, out = {1: 'better than', -1: 'worse than', 0: 'not to be told from'}, []
-    for r in record['rows']:
-        if r['prompt'] == record['rows'][0]['prompt']: continue
-        d, (lo, hi) = (r['against_first']['hIoU'][k] for k in ('difference', 'interval'))
-        out.append(f"{r['scenes']}, {r['path']}: {r['name']} ({r['prompt']}) is {words[(lo > 0) - (hi < 0)]} the plain prompt (hIoU {d:+.1f}, [{lo:+.1f}, {hi:+.1f}]).")
+                 ) -> list: # a sentence for each set of scenes and path
+    "Which prompts differ from the plain one by more than the spread over images?"
+    out, plain = [], [r for r in record['rows'] if r['prompt'] == record['rows'][0]['prompt']]
+    for p in plain:
+        groups = {1: [], -1: [], 0: []}
+        for r in record['rows']:
+            if (r['scenes'], r['path']) != (p['scenes'], p['path']) or r in plain: continue
+            d, (lo, hi) = (r['against_first']['hIoU'][k] for k in ('difference', 'interval'))
+            groups[(lo > 0) - (hi < 0)].append(f"{r['name']} {d:+.1f}")
+        said = [f"{words}: {', '.join(groups[k])}" for k, words in {1: 'better', -1: 'worse', 0: 'not to be told apart'}.items() if groups[k]]
+        out.append(f"{p['scenes']}, {p['path']}: against the plain prompt (hIoU {p['metrics']['hIoU']:.1f}) " + '; '.join(said) + '.')
     return out
 
 # %% ../nbs/13_segmentation.ipynb #7c959829

@@ -367,7 +367,7 @@ def target(self:Study, name:str): # a `Half` with all classes of a dataset, or w
     if self.config.dataset == 'folder' != name: root = str(Path(root).resolve().parent)
     try:
         ds = data.load_dataset(name, root if self.config.data_root else None, verbose=False)
-        return evaluation.Half(ds.classes, scorer.image_features(self.clip, [i.image for i in ds.test]), torch.tensor([i.label for i in ds.test]), ds.split_source)
+        return evaluation.Half(ds.classes, scorer.image_features(self.clip, [i.image for i in ds.test]), torch.tensor([i.label for i in ds.test]), ds.split_source, ds.card.template)
     except IpoError as e:
         print(f'transfer to {name} is skipped: {e}')
         return str(e).replace(f'data_root {root}', 'data_root').replace(root, 'data_root') # a result names no place of this machine

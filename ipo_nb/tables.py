@@ -7,9 +7,9 @@ __all__ = ['METHOD', 'FLAWS', 'ELEVEN', 'Num', 'tex', 'Sheet', 'Shelf', 'read_re
            'origin', 'check_alike', 'answers', 'Cell', 'gather', 'versus', 'with_best', 'missing_seeds', 'comparable',
            'paper_columns', 'paper_ablation', 'paper_captioner', 'paper_pair', 'base_to_novel', 'axis_table',
            'prompts_table', 'transfer_sheet', 'first_runs', 'descriptions_sheet', 'steps_sheet', 'words_sheets',
-           'tokens_sheet', 'curves', 'predict_sheet', 'predict_figure', 'cost_sheet', 'cost_figures', 'load_map',
-           'check_paper', 'needed', 'record_facts', 'sections', 'map_problems', 'map_state', 'map_page', 'checked',
-           'without_pictures', 'Writer', 'main']
+           'tokens_sheet', 'segmentation_sheet', 'curves', 'predict_sheet', 'predict_figure', 'cost_sheet',
+           'cost_figures', 'load_map', 'check_paper', 'needed', 'record_facts', 'sections', 'map_problems', 'map_state',
+           'map_page', 'checked', 'Writer', 'main']
 
 # %% ../nbs/14_tables.ipynb #2aa268b2
 import argparse, csv, hashlib, io, json, re, sys
@@ -21,7 +21,7 @@ import numpy as np, yaml
 from fastcore.basics import patch
 from scipy.stats import spearmanr
 from .core import *
-from .evaluation import harmonic_mean, make_evaluation, paired_test, unpack_bits, unreadable
+from .evaluation import harmonic_mean, make_evaluation, pack_bits, paired_test, unpack_bits, unreadable
 from .report import COLOURS, Picture, Record, Table, best_so_far, load_record, made_up_record, picture, safe, trajectory
 from .peers import side_by_side as sbs
 
@@ -44,12 +44,12 @@ class Num:
 
 # %% ../nbs/14_tables.ipynb #2d24859b
 _TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}',
-        '±': r'$\pm$', '−': '--', '…': r'\ldots{}', '\n': ' '} | {c: f'\\{c}' for c in '&%$#_{}'}
+        '±': r'$\pm$', '−': '--', '…': r'\ldots{}', 'ρ': r'$\rho$', '\n': ' '} | {c: f'\\{c}' for c in '&%$#_{}'}
 
 def tex(text # anything
        ) -> str: # the same to a reader, in LaTeX
     "Escape text for LaTeX."
-    return ''.join(_TEX.get(c, c) for c in str(text))
+    return ''.join(_TEX.get(c, c if c < 'ƀ' or c in '–—‘’“”' else f'[U+{ord(c):04X}]') for c in str(text)) # pdflatex stops at other characters
 
 def _tex_cell(table, row, col):
     v = row[col]
@@ -158,7 +158,7 @@ def made_up_run(folder,            # of the run
     bits = lambda name, half: _made_up_bits(dataset + half, skills[name][0], name, half, skills[name][1])
     r['methods'] = [make_evaluation(m['name'], m['prompt'], bits(m['name'], 'base'), bits(m['name'], 'novel')).to_dict() for m in r['methods']]
     r['tried'] = [dict(by='IPO', step=i, prompt=f'{i} <CLASS>', loss=2-i/9, accuracy=50.+i*5, base=50.+i*3, novel=50.+(i*7)%5, h=50.+i) for i in range(8)]
-    r['transfer'] = [dict(dataset=t, method=m, prompt='', accuracy=60.+i, interval=[55., 65.], n=100, classes=4, split='generated', skipped='') for t in ('elsewhere', f'{dataset}_dark') for i, m in enumerate(('IPO', 'default prompt', 'random control'))]
+    r['transfer'] = [dict(dataset=t, method=m, prompt='', accuracy=60.+10*i, interval=[55., 65.], n=100, classes=4, split='generated', skipped='', correct=pack_bits(np.arange(100) < 60+10*i)) for t in ('elsewhere', f'{dataset}_dark') for i, m in enumerate(('IPO', 'default prompt', 'random control'))]
     write_json(Path(folder)/'result.json', r)
     return load_record(folder)
 
@@ -197,12 +197,18 @@ def family(runs:list,      # of `Record`
     for k in [*axes, *where]:
         if k not in _DEFAULTS.keys() | {'dataset', 'seed'}: raise IpoError(f"'{k}' is no setting of a run{nearest(k, _DEFAULTS)}.")
     groups = {}
-    for r in (r for r in runs if _wanted(r, axes, where)): groups.setdefault(sha({k: v for k, v in settings_of(r).items() if k not in axes}), []).append(r)
+    for r in (r for r in (runs if mix else _distinct(runs)) if _wanted(r, axes, where)): groups.setdefault(sha({k: v for k, v in settings_of(r).items() if k not in axes}), []).append(r)
     ranked = sorted(((_breadth(g, axes), g) for g in groups.values()), key=lambda x: -x[0])
     ranked = [(n, g) for n, g in ranked if n]
     return _chosen(ranked, axes, mix) if ranked else ([], [])
 
 # %% ../nbs/14_tables.ipynb #f2abf5d3
+def _distinct(runs): # each run once; of equal records that which says more
+    answers = lambda r: [r.result['methods'][0][f'{h}_correct'] for h in ('base', 'novel')]
+    key = lambda r: sha([settings_of(r), r.result['dataset'], r.result['settings'].get('seed'), r.result['data'], answers(r)])
+    best = {key(r): r for r in sorted(runs, key=lambda r: len(r.result['methods']))}
+    return [r for r in runs if best[key(r)] is r]
+
 def _chosen(ranked, axes, mix): # the largest group, or all of them
     rest = lambda g: {k: v for k, v in settings_of(g[0]).items() if k not in axes}
     if mix or len(ranked) == 1: return [r for _, g in ranked for r in g], []
@@ -308,20 +314,23 @@ def nums(self:Cell) -> dict: # base, novel, h -> `Num`
     return dict(self.__dict__['_nums'])
 
 # %% ../nbs/14_tables.ipynb #63517673
+def _told(pairs): # p of a paired test over images, each counted once; pairs of truth values [seeds, images]
+    right = [(x.sum(0), y.sum(0)) for x, y in pairs]
+    return paired_test(np.concatenate([x > y for x, y in right]), np.concatenate([y > x for x, y in right]))['p'] if right else 1.
+
 def versus(a:Cell,       # one method
            b:Cell,       # another
            half:str='h'  # 'base', 'novel', or 'h' for all images
           ) -> float: # two-sided p; 1 where they share no seed of a dataset
     "Paired test over images, each counted once, on the seeds that both have."
     at = lambda c: {(x['dataset'], x['settings'].get('seed')): x['evaluation'] for x in c.answers}
-    x, y = at(a), at(b); shared = [k for k in x if k in y]; more, less = [], []
+    x, y = at(a), at(b); shared, pairs = [k for k in x if k in y], []
     for d in dict.fromkeys(k[0] for k in shared):
         for h in (('base', 'novel') if half == 'h' else (half,)):
-            right = lambda z: np.sum([unpack_bits(z[k][f'{h}_correct']).astype(int) for k in shared if k[0] == d], axis=0)
-            p, q = right(x), right(y)
-            if len(p) != len(q): raise IpoError(f"the records of {d} have {len(p)} and {len(q)} test images: compare runs of one split.")
-            more.append(p > q); less.append(q > p)
-    return paired_test(np.concatenate(more), np.concatenate(less))['p'] if shared else 1.
+            p, q = (np.stack([unpack_bits(z[k][f'{h}_correct']) for k in shared if k[0] == d]) for z in (x, y))
+            if p.shape != q.shape: raise IpoError(f"the records of {d} have {p.shape[1]} and {q.shape[1]} test images: compare runs of one split.")
+            pairs.append((p, q))
+    return _told(pairs)
 
 # %% ../nbs/14_tables.ipynb #5888f63e
 def with_best(cells:dict # of one block: key -> `Cell`
@@ -414,7 +423,7 @@ def _verdict(cells): # (dataset, method) -> `Cell`; one sentence
 def _method_rows(shelf, where, mix): # answers of the searches and of the peers beside them, the runs, and notes
     runs, notes = family(shelf.runs, (), where, mix)
     places = {(r.result['dataset'], r.result['settings'].get('clip')) for r in runs}
-    peers = [p for p in shelf.peers if (p['dataset'], p['settings'].get('clip')) in places and all(p['settings'].get(k) == v for k, v in where.items())]
+    peers = [p for p in shelf.peers if (p['dataset'], p['settings'].get('clip')) in places and all((p['settings'] | dict(dataset=p['dataset'])).get(k) == v for k, v in where.items())]
     same = {sha({k: v for k, v in settings_of(r).items() if k not in ('feedback', 'captioner', 'extremes')}) for r in runs}
     others = [r for r in shelf.runs if sbs.search_name(r.result['settings']) != 'ipo' and (r.result['dataset'], r.result['settings'].get('clip')) in places
               and sha({k: v for k, v in settings_of(r).items() if k not in ('feedback', 'captioner', 'extremes')}) in same]
@@ -460,7 +469,7 @@ def base_to_novel(shelf:Shelf,
 
 # %% ../nbs/14_tables.ipynb #a93e6255
 def _axis_runs(runs, axes, where, mix): # the grid, without datasets that it hardly touches
-    runs, notes = family(runs, axes, where, mix)
+    runs, notes = family([r for r in runs if len(r.result['methods']) > 3], axes, where, mix) # those with a control
     values = {d: {_place(r, axes)[1:] for r in runs if r.result['dataset'] == d} for d in dict.fromkeys(r.result['dataset'] for r in runs)}
     most = max(map(len, values.values()), default=0)
     few = [d for d, v in values.items() if 2*len(v) <= most]
@@ -476,7 +485,7 @@ def _order(value): # numbers by size, then words
 def _axis_row(key, ipo, numbers, random, template): # one row
     other = lambda c: c.nums()['h'] if c else None
     return dict(key, base=numbers['base'], novel=numbers['novel'], H=numbers['h'], **{'H of random control': other(random), 'H of plain template': other(template)},
-                seeds=len(ipo.seeds), **{'p against control': versus(ipo, random) if random else None})
+                seeds=len(ipo.seeds), p=versus(ipo, random) if random else None)
 
 def _axis_verdict(block): # value -> `Cell`; one sentence
     numbers = with_best(block); top, low = (f(numbers, key=lambda k: numbers[k]['h'].mean) for f in (max, min))
@@ -552,32 +561,52 @@ def _mean_of(nums): # average over targets
     half = np.sqrt(sum(((n.high-n.low)/2)**2 for n in nums))/len(nums); m = float(np.mean([n.mean for n in nums]))
     return Num(m, None, m - float(half), m + float(half))
 
-_PAPER_9 = {'IPO': 'IPO', 'CoOp': 'CoOp', 'CoCoOp': 'CoCoOp'}
-
 def _paper_9(targets): # the paper's rows for targets that are all the paper's
     if not targets or not set(targets) <= set(ELEVEN): return []
     return [dict(source='imagenet', method=f"{r['method']} (paper)", **{t: Num(float(r[t])) for t in targets}, average=Num(float(np.mean([float(r[t]) for t in targets]))), seeds=None) for r in sbs.paper_file('cross_dataset')]
 
+# %% ../nbs/14_tables.ipynb #7a5f0001
+def _answers_at(mine, target, method): # seed -> truth values, of records that keep them
+    return {r.result['settings']['seed']: unpack_bits(t['correct']) for r, t in mine if (t['dataset'], t['method']) == (target, method) and t.get('correct')}
+
+def _told_on(mine, targets, a, b): # p over the images of targets, on the seeds that both methods have; None where records keep no answers
+    pairs = []
+    for d in targets:
+        x, y = (_answers_at(mine, d, m) for m in (a, b)); seeds = [s for s in x if s in y]
+        if seeds: pairs.append(tuple(np.stack([z[s] for s in seeds]) for z in (x, y)))
+    return _told(pairs) if pairs else None
+
+def _best_on(mine, targets, nums): # method -> its `Num`, the best one marked
+    top = max(nums, key=lambda m: nums[m].mean)
+    ps = [_told_on(mine, targets, top, m) for m in nums if m != top]
+    return nums | ({top: replace(nums[top], best=True)} if ps and all(p is not None and p < .05 for p in ps) else {})
+
 def _transfer_verdict(rows): # a sentence for each source
     for source in dict.fromkeys(r['source'] for r in rows):
-        by = {r['method']: r['average'] for r in rows if r['source'] == source}; ipo = by.pop('IPO', None)
-        apart = lambda n: 'beyond' if ipo.low > n.high or ipo.high < n.low else 'within'
-        if ipo and by: yield f"From {source}, IPO is on average over the targets " + ', '.join(f"{ipo.mean - n.mean:+.1f} points from the {m} ({apart(n)} the intervals)" for m, n in by.items() if '(paper)' not in m) + '.'
+        by = {r['method']: r for r in rows if r['source'] == source and '(paper)' not in r['method']}; ipo = by.pop('IPO', None)
+        say = lambda m, r: f"{ipo['average'].mean - r['average'].mean:+.1f} points from the {m}" + (f" (p = {r['p']:.2g})" if r['p'] is not None else '')
+        if ipo and by: yield f"From {source}, IPO is on average over the targets {', '.join(say(m, r) for m, r in by.items())}."
 
 # %% ../nbs/14_tables.ipynb #522cca7c
+def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a row of its transfer
+    targets, methods = (list(dict.fromkeys(t[k] for _, t in mine)) for k in ('dataset', 'method'))
+    whole = [d for d in targets if all(any((t['dataset'], t['method']) == (d, m) for _, t in mine) for m in methods)] # a method may be too long for the names of a target
+    at = {d: _best_on(mine, [d], {m: _target([t for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for m in methods}) for d in whole}
+    average = _best_on(mine, whole, {m: _mean_of([at[d][m] for d in whole]) for m in methods}) if whole else {}
+    seeds = len({r.result['settings']['seed'] for r, _ in mine})
+    return [dict(source=source, method='plain template' if m.startswith('hand') else m, **{d: at[d][m] for d in whole}, average=average[m], seeds=seeds,
+                 p=None if m == 'IPO' else _told_on(mine, whole, 'IPO', m)) for m in average]
+
 def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted versions of the source
                    where:dict=None, mix:bool=False, command:str='ipo_sweep transfer') -> Sheet: # a row for each source and method
     "The prompts elsewhere (the paper's table 9, and domain generalization)."
     runs, notes = family([r for r in runs if r.result.get('transfer')], (), where, mix); check_alike(runs, mix); out = []
-    gone = {f"{t['dataset']} was skipped: {t['skipped']}" for r in runs for t in r.result['transfer'] if t['skipped']}
+    gone = {f"{t['dataset']} was skipped{' for ' + t['method'] if t['method'] else ''}: {t['skipped']}" for r in runs for t in r.result['transfer'] if t['skipped']}
     for source in dict.fromkeys(r.result['dataset'] for r in runs):
         mine = [(r, t) for r in runs if r.result['dataset'] == source for t in r.result['transfer'] if not t['skipped'] and t['dataset'].startswith(source) == shifted]
-        targets, real = list(dict.fromkeys(t['dataset'] for _, t in mine)), source == 'imagenet' and all(comparable(Cell(tuple(answers(r)))) for r in runs)
-        for m in dict.fromkeys(t['method'] for _, t in mine):
-            nums = {d: _target([t for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for d in targets}
-            out.append(dict(source=source, method=m, **nums, average=_mean_of([*nums.values()]), seeds=len({r.result['settings']['seed'] for r, _ in mine})))
-        if real and not shifted: out += _paper_9(targets)
-    notes = [*_transfer_verdict(out), 'All classes of each target; mean ± standard deviation over seeds [mean of their 95 % intervals]. Nothing is bold: a record keeps no single answers to the images of a target.', *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
+        rows = _transfer_rows(source, mine); out += rows
+        if rows and not shifted and source == 'imagenet' and all(comparable(Cell(tuple(answers(r)))) for r in runs): out += _paper_9([c for c in rows[0] if c in ELEVEN])
+    notes = [*_transfer_verdict(out), 'All classes of each target, where the plain template is its own; mean ± standard deviation over seeds [mean of their 95 % intervals]; p: IPO against this method, paired, all images; bold: better than every other method, p < 0.05.', *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
     every = list(dict.fromkeys(k for r in out for k in r)); out = [{k: r.get(k) for k in every} for r in out]
     return Sheet('shifts' if shifted else 'transfer', ('Shifted versions of the source' if shifted else 'The prompts on other datasets') + _setting_title(runs), out, notes=tuple(notes), command=command)
 
@@ -648,6 +677,34 @@ def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
     note = (_tokens_verdict(first), "The nearest words are no reading of a vector: they are as near as any vocabulary entry happens to be. First seed of each dataset; for the prompts, their text stands in place of nearest words.",)
     return Sheet(f'tokens_{shots}shot', f'Learned vectors left out, {shots}-shot', out, ('nearest words (distance)',), notes=note if out else (), command=command)
 
+# %% ../nbs/14_tables.ipynb #5e9e0002
+_SEG = dict(zip(('pAcc', 'mIoU_seen', 'mIoU_unseen', 'hIoU'), ('pAcc', 'mIoU seen', 'mIoU unseen', 'hIoU')))
+
+def _seg_num(rows, k): # one metric of the prompts of one method
+    values, cis = [r['metrics'][k] for r in rows], np.mean([r['intervals'][k] for r in rows], axis=0)
+    return Num(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, *map(float, cis))
+
+def _seg_verdict(scenes, rows): # one sentence, about the path that the plain prompt does best with
+    path = max((r for r in rows if r['name'] == 'default prompt'), key=lambda r: r['metrics']['hIoU'])['path']
+    told = lambda m: [np.sign(lo)*(np.sign(lo) == np.sign(hi)) for r in rows if r['path'] == path and _method(r) == m for lo, hi in [r['against_first']['hIoU']['interval']]]
+    said = [f"{m} better on {t.count(1)} and worse on {t.count(-1)} of {len(t)} prompts" for m in ('IPO', 'random control') if (t := told(m))]
+    return f"{scenes}, {path}: against the default prompt, beyond the spread over images, {'; '.join(said)}." if said else f"{scenes}: no prompts of runs."
+
+def _method(row): return row['name'].split(' (')[0].replace('hand-written', 'plain')
+
+def segmentation_sheet(folder=None, # of the records; None: data_cards/records/segmentation
+                       command:str='python -m ipo_nb.segmentation') -> Sheet: # a row for each set of scenes, path and method
+    "Zero-shot segmentation with plain and optimized prompts (the paper's table 13)."
+    records = [json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder or cards_dir()/'records'/'segmentation').glob('*.json'))]
+    rows, out, blank = [r for rec in records for r in rec['rows']], [], dict.fromkeys(('scenes', 'path', 'prompt of', *_SEG.values(), 'prompts'))
+    for at in dict.fromkeys((r['scenes'], r['path'], _method(r)) for r in rows if not r['name'].startswith('given')):
+        mine = [r for r in rows if (r['scenes'], r['path'], _method(r)) == at]
+        out.append(dict(zip(blank, (*at, *(_seg_num(mine, k) for k in _SEG), len(mine)))))
+    notes = [_seg_verdict(s, [r for r in rows if r['scenes'] == s]) for s in dict.fromkeys(r['scenes'] for r in rows)]
+    theirs = [blank | {'scenes': 'photographs', 'path': 'trained on masks', 'prompt of': f"{r['method']} (paper)"} | {v: Num(float(r[k])) for k, v in _SEG.items()} for r in sbs.paper_file('segmentation')]
+    notes += [n for rec in records if (n := rec['note'])] + ["The paper's segmenters are trained on masks of the seen classes: no comparison. Mean ± standard deviation over the prompts of several seeds [95 % interval over images]."]
+    return Sheet('segmentation', 'Zero-shot segmentation' + ''.join(f"; CLIP {c}" for c in dict.fromkeys(r['clip']['spec'] for r in records)), out + theirs if out else [], notes=tuple(notes) if out else (), command=records[0]['command'] if records else command)
+
 # %% ../nbs/14_tables.ipynb #84628ad1
 def _curve(ax, journals, key, colour, label, style='-'): # mean and single seeds of the best so far
     lines = [[getattr(b, key) for _, b in best_so_far(j)] for j in journals if j]
@@ -689,7 +746,7 @@ def _spread(values): # 'mean ± sd' of numbers that may lack
 
 # %% ../nbs/14_tables.ipynb #14f2c255
 def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-                  command:str='ipo_sweep peers') -> Sheet: # a row a dataset
+                  command:str='ipo_sweep every_prompt') -> Sheet: # a row a dataset
     "Does the few-shot score of a prompt predict its test accuracy?"
     runs, notes = family([r for r in runs if r.result.get('tried')], (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix); out, means = [], []
     for d in dict.fromkeys(r.result['dataset'] for r in runs):
@@ -846,12 +903,6 @@ def checked(namespace:dict, known:tuple # `globals()` after the parameters cell;
     names = {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out', 'exit', 'quit', 'open', 'get_ipython') and not callable(v) and type(v).__name__ != 'module'}
     for n in names.keys() - set(known): raise IpoError(f"unknown parameter '{n}'{nearest(n, known)}: there are {', '.join(known)}.")
     return names
-
-def without_pictures(page # a Markdown file
-                    ) -> str: # its text, one level of headings down
-    "A page of another record, to stand inside this one."
-    lines = Path(page).read_text(encoding='utf-8').splitlines()
-    return '\n'.join('#' + l if l.startswith('#') else l for l in lines if not l.startswith('!['))
 
 @dataclass(frozen=True)
 class Writer:

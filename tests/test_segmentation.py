@@ -212,8 +212,8 @@ def test_prompts_of_runs_with_methods_that_have_none(tmp_path):
     from ipo_nb.report import made_up_record
     folders = [tmp_path/'aaaaaaaa', tmp_path/'bbbbbbbb']
     for f in folders: made_up_record(f)
-    result = json.loads((folders[0]/'result.json').read_text())
+    result = json.loads((folders[0]/'result.json').read_text()); result['settings']['seed'] = 7
     result['methods'] += [dict(result['methods'][0], name='vectors', prompt=None), dict(result['methods'][0], name='words', prompt='no placeholder')]
     (folders[0]/'result.json').write_text(json.dumps(result))
     found = seg.run_prompts(folders)
-    assert list(found) == ['default prompt', 'hand-written template', 'IPO (aaaaaa)', 'random control (aaaaaa)'] and all('<CLASS>' in p for p in found.values())
+    assert list(found) == ['default prompt', 'hand-written template', 'IPO (seed 7)', 'random control (seed 7)'] and all('<CLASS>' in p for p in found.values())

@@ -72,9 +72,9 @@ def test_ipo_run_answers_a_mistake_with_one_sentence(tmp_path):
 def test_transfer_scores_the_prompts_elsewhere_and_names_what_is_absent(tmp_path):
     s, record = complete(out_dir=str(tmp_path), data_root=str(tmp_path), transfer='mini_textures, eurosat')
     rows = record.result['transfer']
-    assert [(r['dataset'], r['method']) for r in rows] == [('mini_textures', m) for m in ('IPO', 'default prompt', 'random control')] + [('eurosat', '')]
+    assert [(r['dataset'], r['method']) for r in rows] == [('mini_textures', m) for m in ('IPO', 'default prompt', 'random control', 'hand-written template')] + [('eurosat', '')]
     assert rows[0]['prompt'] == record.result['chosen']['prompt'] and 0 < rows[1]['accuracy'] < 100 and rows[1]['n'] > 100
-    assert rows[3]['accuracy'] is None and 'eurosat' in rows[3]['skipped'] and str(tmp_path) not in rows[3]['skipped']
+    assert rows[3]['prompt'] == 'a <CLASS> pattern.' and rows[4]['accuracy'] is None and 'eurosat' in rows[4]['skipped'] and str(tmp_path) not in rows[4]['skipped']
     table = report.transfer_table(record)
     assert [r['dataset'] for r in table.rows] == ['mini_textures', 'eurosat', 'mean']
     for f in ('report.html', 'report.md', 'tables/transfer.csv'): assert 'eurosat' in (record.path/f).read_text()

@@ -176,6 +176,7 @@ def test_peers_with_another_clip_stay_out(home):
     both = Shelf(shelf.runs, [peer('plates', 'none', 'a'), peer('eurosat', 'other', 'b')], [])
     assert {r['dataset'] for r in tokens_sheet(both, 1).rows} == {'plates'} and 'CoOp' in {r['method'] for r in base_to_novel(both).rows}
     assert 'eurosat' not in {r['dataset'] for r in base_to_novel(both).rows + cost_sheet(both).rows}
+    assert len(base_to_novel(both, where=dict(dataset='plates')).rows) == len([r for r in base_to_novel(both).rows if r['dataset'] == 'plates'])
 
 # ---- files
 
