@@ -748,12 +748,12 @@ def _spread(values): # 'mean ± sd' of numbers that may lack
 def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
                   command:str='ipo_sweep every_prompt') -> Sheet: # a row a dataset
     "Does the few-shot score of a prompt predict its test accuracy?"
-    runs, notes = family([r for r in runs if r.result.get('tried')], (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix); out, means = [], []
+    runs, notes = family([r for r in runs if r.result.get('tried')], (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix); out, means, all_ = [], [], []
     for d in dict.fromkeys(r.result['dataset'] for r in runs):
-        found = [_tried_run(r) for r in runs if r.result['dataset'] == d]; col = lambda k: [f[k] for f in found]; means += [x for x in col('accuracy') if x is not None]
+        found = [_tried_run(r) for r in runs if r.result['dataset'] == d]; col = lambda k: [f[k] for f in found]; all_ += found; means += [x for x in col('accuracy') if x is not None]
         out.append({'dataset': d, 'seeds': len(found), 'prompts': sum(col('n')), 'ρ of few-shot accuracy and H': _spread(col('accuracy')), 'ρ of few-shot loss and H': _spread(col('loss')), 'H chosen': _spread(col('chosen')),
                     'median H': _spread(col('median')), 'best H': _spread(col('best')), 'regret': _spread([f['best'] - f['chosen'] for f in found]), 'H of random control': _spread(col('control')), 'H of plain template': _spread(col('plain'))})
-    said = f"Over {len(means)} runs Spearman's rank correlation of few-shot accuracy and H is {_spread(means)}." if means else ''
+    said = f"Over {len(means)} runs Spearman's rank correlation of few-shot accuracy and H is {_spread(means)}; the chosen prompt is better than the median of all scored ones in {sum(f['chosen'] > f['median'] for f in all_)} of {len(all_)} runs." if means else ''
     notes = [said, 'Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its control; a good loss is a low one. The best H was found by looking at the test images, and no method could have chosen it.', *notes] if out else []
     return Sheet(f'predict_{shots}shot', f'Few-shot score against test accuracy, {shots}-shot{_setting_title(runs)}', out, notes=tuple(filter(None, notes)), command=command)
 

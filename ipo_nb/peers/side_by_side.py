@@ -499,12 +499,14 @@ def _spread(ys, gap): # the same heights, ascending, pushed apart to at least `g
     for i in range(1, len(out)): out[i] = max(out[i], out[i-1] + gap)
     return [y - np.mean(np.subtract(out, ys)) for y in out]
 
+_thread = dict(arrowstyle='-', lw=.5, color='#999999', shrinkA=1, shrinkB=4) # from a name to its point
+
 def _column(ax, points, texts): # names beside points that stand above each other, with thin lines to them
     px, scale = ax.transData.transform(points), 72/ax.figure.dpi
     order = np.argsort(px[:, 1], kind='stable')
     for i, y in zip(order, _spread(px[order, 1], 11.5/scale)):
         yield ax.annotate(texts[i], points[i], (20, (y - px[i, 1])*scale), textcoords='offset points', va='center', size=8, zorder=5,
-                          arrowprops=dict(arrowstyle='-', lw=.5, color='#999999', shrinkA=1, shrinkB=4))
+                          arrowprops=_thread)
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #cce22d10
 _AROUND = [(7, -3, 'left'), (-7, -3, 'right'), (7, 7, 'left'), (7, -13, 'left'), (-7, 7, 'right'), (-7, -13, 'right'), (0, 10, 'center'), (0, -16, 'center'), (14, 18, 'left'), (14, -24, 'left')]
@@ -519,9 +521,9 @@ def _places(ax, points, texts, column): # write each text near its point, clear 
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in ax.transData.transform(points)]
     taken += [a.get_window_extent(renderer) for a in _column(ax, [points[i] for i in stand], [texts[i] for i in stand])] if stand else []
     for i in (i for i in range(len(points)) if i not in stand):
-        def put(place): return ax.annotate(texts[i], points[i], place[:2], textcoords='offset points', ha=place[2], size=8, zorder=5)
+        def put(place, line=None): return ax.annotate(texts[i], points[i], place[:2], textcoords='offset points', ha=place[2], size=8, zorder=5, arrowprops=line)
         def box(place): a = put(place); b = a.get_window_extent(renderer); a.remove(); return b
-        taken.append(box(best := min(_AROUND, key=lambda p: _clash(box(p), taken, frame)))); put(best)
+        taken.append(box(best := min(_AROUND, key=lambda p: _clash(box(p), taken, frame)))); put(best, None if abs(best[1]) < 5 else _thread)
 
 # %% ../../nbs/peers/08_side_by_side.ipynb #8424cee3
 @picture
