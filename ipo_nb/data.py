@@ -304,8 +304,10 @@ def _home(card, data_root): # the dataset's own folder
     for f in _folders(card):
         if (root/f).is_dir(): return root/f
     if root.absolute().name in _folders(card): raise IpoError(f"data_root {root} is the folder of {card.name} itself: pass the one above it.")
-    there = sorted(p.name for p in root.iterdir() if p.is_dir())
-    near = nearest(_folders(card)[0], there) or f'; `ipo_data get {card.name}` fetches it, and data_cards/{card.name}.md says what belongs there.'
+    others = {f for n in card_names() for f in _folders(load_card(n))} # they are no misspelling of this one
+    there = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in others)
+    how = f'`ipo_data get {card.name}` fetches it, and ' if any('images' in s.what or s.what == 'whole' for s in card.sources) else ''
+    near = nearest(_folders(card)[0], there) or f'; {how}data_cards/{card.name}.md says what belongs there.'
     raise IpoError(f"data_root {root} holds no folder {_folders(card)[0]}{near}")
 
 # %% ../nbs/04_data.ipynb #6a347c2b

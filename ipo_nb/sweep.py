@@ -185,10 +185,13 @@ class Run:
     def log(self): return Path(self.config.out_dir)/'logs'/f'{self.config.dataset}-{self.folder.name}.log'
     @property
     def waits(self): return self.state in ('to do', 'cut off')
+    @property
+    def ahead(self): return self.waits or (self.state == 'failed' and self.folder is None and self.config is not None) # also where images are missing yet
 
 # %% ../nbs/12_sweep.ipynb #3b952faf
 def steps_done(run:Run) -> int: # steps in the journal
     "How far a run is; also asked while it runs."
+    if run.folder is None: return 0
     journal = run.folder/'history.jsonl'
     return max(0, journal.read_bytes().count(b'\n') - 1) if journal.exists() else 0
 
@@ -200,12 +203,17 @@ def _without_gpu(params):
 def _precise(params): return 'fp16' if params.get('precision', 'auto') == 'auto' else params['precision']
 
 # %% ../nbs/12_sweep.ipynb #aff7816d
+def _foresee(run): # configuration and few-shot images by the card, where the images are missing
+    try: card = data.load_card(run.params['dataset']); config = make_config(**card.settings.model_dump() | run.params)
+    except IpoError: return
+    if card.base and config.llm and config.captioner: run.config, run.images = config, config.shots*card.base
+
 def look(number:int, params:dict, from_afar=False
         ) -> Run: # finished, cut off, to do, or failed
     "Find a run's record, or why it cannot be made."
     run = Run(number, params)
     try: found = study.find_study(_without_gpu(params) if from_afar else params); run.config, run.folder, run.images = found.config, found.folder, len(found.few_shot)
-    except (IpoError, OSError) as e: run.state, run.why = 'failed', str(e); return run
+    except (IpoError, OSError) as e: run.state, run.why = 'failed', str(e); _foresee(run); return run
     run.state = 'finished' if found.complete else 'cut off' if steps_done(run) else 'to do'
     return run
 
@@ -247,7 +255,7 @@ def hours(runs:list,   # of `Run`
           stated:float|None=None # seconds a step, where no record tells
          ) -> tuple: # hours or None, and where they come from
     "How long the waiting runs will take."
-    todo = [r for r in runs if r.waits]
+    todo = [r for r in runs if r.ahead]
     if not todo: return 0., 'nothing is left to do'
     known = paces({r.config.out_dir for r in todo})
     pace = {r.config.llm: median(known[r.config.llm]) if r.config.llm in known else stated for r in todo}
@@ -258,11 +266,11 @@ def hours(runs:list,   # of `Run`
 
 # %% ../nbs/12_sweep.ipynb #5e419ed8
 def needs(run:Run) -> dict: # calls, tokens_in, tokens_out, cost
-    "What a waiting run will use at most; nothing for the others."
-    if not run.waits: return dict(calls=0, tokens_in=0, tokens_out=0, cost=0.)
+    "What a waiting run will use at most, also one whose images are missing yet; nothing for the others."
+    if not run.ahead: return dict(calls=0, tokens_in=0, tokens_out=0, cost=0.)
     e, steps = study.estimate(run.config, run.images), optimizer.plan(run.config)['steps']
     rest = max(0, steps - steps_done(run))/max(1, steps)
-    seen = not (run.folder/'descriptions.json').exists()
+    seen = run.folder is None or not (run.folder/'descriptions.json').exists()
     return {k: type(v)(v*rest + e['captioner'][k]*seen) for k, v in e['optimizer'].items()}
 
 # %% ../nbs/12_sweep.ipynb #bf07a98e
@@ -276,9 +284,9 @@ def columns(rows:list # of equally long lists
 
 def _cells(run, names): return [run.number, *(run.params.get(n, '') for n in names), run.state]
 
-def _count(runs):
-    states = [r.state for r in runs]
-    return ', '.join(f'{states.count(s)} {s}' for s in ('finished', 'done', 'to do', 'cut off', 'stopped', 'failed') if s in states)
+def _count(runs, state=lambda r: r.state):
+    states = [state(r) for r in runs]
+    return ', '.join(f'{states.count(s)} {s}' for s in ('finished', 'done', 'to do', 'cut off', 'not yet', 'stopped', 'failed') if s in states)
 
 # %% ../nbs/12_sweep.ipynb #bdceab40
 def plan_text(spec:Spec,
@@ -287,12 +295,13 @@ def plan_text(spec:Spec,
              ) -> str: # a table, and what it comes to
     "What a sweep will do, to be read before it starts."
     names, use = varying([r.params for r in runs]), [needs(r) for r in runs]
-    rows = [[*_cells(r, names), f"{u['calls']:,}", f"{u['tokens_in']:,}", f"{u['tokens_out']:,}", r.why] for r, u in zip(runs, use)]
+    state = lambda r: 'not yet' if r.ahead and not r.waits else r.state # its images are missing
+    rows = [[*_cells(r, names)[:-1], state(r), f"{u['calls']:,}", f"{u['tokens_in']:,}", f"{u['tokens_out']:,}", r.why] for r, u in zip(runs, use)]
     total, (time_, source) = {k: sum(u[k] for u in use) for k in use[0]}, hours(runs, workers, spec.seconds_per_step)
     money = f", cost about {total['cost']:.4g} in the currency of your prices" if total['cost'] else ''
     lasts = f'about {time_:.2g} hours with {workers} at a time ({source})' if time_ is not None else f'hours: {source}'
     return '\n'.join([f'{spec.name}: {spec.about}' if spec.about else spec.name, columns([['run', *names, 'state', 'LLM calls', 'tokens in', 'tokens out', ''], *rows]),
-                      f"{len(runs)} runs: {_count(runs)}. Still to do: at most {total['calls']:,} LLM calls, about {total['tokens_in']:,} tokens in "
+                      f"{len(runs)} runs: {_count(runs, state)}. Still to do: at most {total['calls']:,} LLM calls, about {total['tokens_in']:,} tokens in "
                       f"and {total['tokens_out']:,} out{money}; {lasts}."])
 
 # %% ../nbs/12_sweep.ipynb #cfed0ee0
@@ -564,7 +573,7 @@ def _sweep(args):
         print('\n' + results_text(runs))
     for r in runs:
         if args.pack and not args.plan and r.state in ('finished', 'done'): report.pack(r.folder)
-    return not any(r.state == 'failed' for r in runs)
+    return not any(r.state == 'failed' and not (args.plan and r.ahead) for r in runs)
 
 def main(argv=None) -> int: # 0: all runs are finished, or planned; 1: one failed, or a mistake that the sentence names; 130: interrupted
     "The command `ipo_sweep`."

@@ -7,19 +7,20 @@ __all__ = ['METHOD', 'FLAWS', 'ELEVEN', 'Num', 'tex', 'Sheet', 'Shelf', 'read_re
            'origin', 'check_alike', 'answers', 'Cell', 'gather', 'versus', 'with_best', 'missing_seeds', 'comparable',
            'paper_columns', 'paper_ablation', 'paper_captioner', 'paper_pair', 'base_to_novel', 'axis_table',
            'prompts_table', 'transfer_sheet', 'first_runs', 'descriptions_sheet', 'steps_sheet', 'words_sheets',
-           'tokens_sheet', 'segmentation_sheet', 'curves', 'predict_sheet', 'predict_figure', 'cost_sheet',
-           'cost_figures', 'load_map', 'check_paper', 'needed', 'record_facts', 'sections', 'map_problems', 'map_state',
-           'map_page', 'checked', 'Writer', 'main']
+           'tokens_sheet', 'segmentation_files', 'segmentation_sheet', 'curves', 'predict_sheet', 'predict_figure',
+           'cost_sheet', 'cost_figures', 'load_map', 'check_paper', 'needed', 'record_facts', 'sections',
+           'map_problems', 'map_state', 'map_page', 'checked', 'Refused', 'Writer', 'main']
 
 # %% ../nbs/14_tables.ipynb #2aa268b2
 import argparse, csv, hashlib, io, json, re, sys
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import patch
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 from .core import *
 from .evaluation import harmonic_mean, make_evaluation, pack_bits, paired_test, unpack_bits, unreadable
 from .report import COLOURS, Picture, Record, Table, best_so_far, load_record, made_up_record, picture, safe, trajectory
@@ -69,8 +70,10 @@ def latex(self:Table) -> str: # a table environment; \usepackage{booktabs} is al
         lines.append(' & '.join(_tex_cell(self, r, c) for c in cols) + r' \\')
     spec = ''.join('p{5cm}' if any(len(str(r[c])) > 45 for r in self.rows) else 'l' for c in cols)
     notes = [f'\\par\\footnotesize {tex(n)}' for n in getattr(self, 'notes', ())]
-    return '\n'.join([r'\begin{table}[t]', r'\centering\small', f'\\caption{{{tex(self.title)}}}', f'\\label{{tab:{self.name}}}', f'\\begin{{tabular}}{{{spec}}}',
-        r'\toprule', ' & '.join(map(tex, cols)) + r' \\', r'\midrule', *lines, r'\bottomrule', r'\end{tabular}', *notes, r'\end{table}']) + '\n'
+    head, named = [r'\toprule', ' & '.join(map(tex, cols)) + r' \\', r'\midrule'], [f'\\caption{{{tex(self.title)}}}', f'\\label{{tab:{self.name}}}']
+    if len(lines) > 40: # longer than a page
+        return '\n'.join(['% needs \\usepackage{booktabs, longtable}', r'{\small', f'\\begin{{longtable}}{{{spec}}}', *named, r'\\', *head, r'\endhead', *lines, r'\bottomrule', r'\end{longtable}', *notes, '}']) + '\n'
+    return '\n'.join([r'\begin{table}[t]', r'\centering\small', *named, f'\\begin{{tabular}}{{{spec}}}', *head, *lines, r'\bottomrule', r'\end{tabular}', *notes, r'\end{table}']) + '\n'
 
 # %% ../nbs/14_tables.ipynb #82d06070
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def csv(self:Sheet) -> str: # the whole file
 def write(self:Sheet, folder) -> None: # tables/NAME.md, .csv and .tex
     "Write the table in its three forms."
     for kind, text in dict(md=f'**{safe(self.title)}**\n\n{self.markdown()}\n', csv=self.csv(), tex=self.latex()).items():
-        write_text(Path(folder)/'tables'/f'{self.name}.{kind}', text)
+        if text: write_text(Path(folder)/'tables'/f'{self.name}.{kind}', text)
 
 # %% ../nbs/14_tables.ipynb #f15ed224
 @dataclass(frozen=True)
@@ -126,18 +129,22 @@ def _peer_or_run(folder): # the same; raises `IpoError` for what is no JSON
     except (ValueError, TypeError, FileNotFoundError) as e: raise IpoError(f"the record {folder} is damaged: restore it, or delete its folder and run its command again.") from e
 
 # %% ../nbs/14_tables.ipynb #e9333a9f
+def _places(folders): # of paths; a relative one may begin at the clone's root
+    asked = str(folders).split(',') if isinstance(folders, (str, Path)) else folders
+    found = [Path(str(f).strip()).expanduser() for f in asked]
+    return [p if p.exists() or p.is_absolute() else project_dir()/p for p in found]
+
 def read_records(folders # a folder, several separated by commas, or a list
                 ) -> Shelf: # every record below them, each once
     "Read records. Raises `IpoError` where no folder is there, and for a damaged record or one of another format."
-    asked = str(folders).split(',') if isinstance(folders, (str, Path)) else folders
-    places = [Path(str(f).strip()).expanduser() for f in asked]
-    places = [p if p.exists() or p.is_absolute() else project_dir()/p for p in places]
+    places = _places(folders)
     if not any(p.is_dir() or cards_dir() in p.parents for p in places): raise IpoError(f"there is no folder {' or '.join(map(str, places))}: give the folders that runs were written to (their out_dir).")
     notes = [f'There is no folder {p.name} yet.' for p in places if not p.is_dir()]
     begun = sorted({f.parent.resolve() for p in places for name in ('config.json', 'result.json') for f in p.rglob(name)})
     done = [f for f in begun if (f/'result.json').exists()]
     notes += [f'{f.parent.name}/{f.name} is unfinished and left out: the same command goes on with it.' for f in begun if f not in done]
     found = [_peer_or_run(f) for f in done]
+    notes += [f'{r.path.parent.name}/{r.path.name} has no manifest.json: versions and weights are unknown.' for r, _ in found if r and not r.manifest]
     return Shelf([r for r, _ in found if r], [p for _, p in found if p], notes)
 
 # %% ../nbs/14_tables.ipynb #baea318a
@@ -193,29 +200,33 @@ def family(runs:list,      # of `Record`
            mix:bool=False  # let runs with different settings stand side by side
           ) -> tuple: # the runs, and sentences about those that were left out
     "The runs of one grid. Raises `IpoError` for an unknown setting, and where two grids are equally large."
-    where = where or {}
+    where = {k: v for k, v in (where or {}).items() if k not in axes}
     for k in [*axes, *where]:
         if k not in _DEFAULTS.keys() | {'dataset', 'seed'}: raise IpoError(f"'{k}' is no setting of a run{nearest(k, _DEFAULTS)}.")
     groups = {}
     for r in (r for r in (runs if mix else _distinct(runs)) if _wanted(r, axes, where)): groups.setdefault(sha({k: v for k, v in settings_of(r).items() if k not in axes}), []).append(r)
     ranked = sorted(((_breadth(g, axes), g) for g in groups.values()), key=lambda x: -x[0])
     ranked = [(n, g) for n, g in ranked if n]
-    return _chosen(ranked, axes, mix) if ranked else ([], [])
+    return _chosen(ranked, axes, mix, _usual(runs)) if ranked else ([], [])
 
 # %% ../nbs/14_tables.ipynb #f2abf5d3
 def _distinct(runs): # each run once; of equal records that which says more
-    answers = lambda r: [r.result['methods'][0][f'{h}_correct'] for h in ('base', 'novel')]
+    answers = lambda r: [m[f'{h}_correct'] for m in r.result['methods'] if m['name'] in ('IPO', 'random control') for h in ('base', 'novel')]
     key = lambda r: sha([settings_of(r), r.result['dataset'], r.result['settings'].get('seed'), r.result['data'], answers(r)])
     best = {key(r): r for r in sorted(runs, key=lambda r: len(r.result['methods']))}
     return [r for r in runs if best[key(r)] is r]
 
-def _chosen(ranked, axes, mix): # the largest group, or all of them
+def _usual(runs): # setting -> the value that most of the runs have, None where two have equally many
+    most = {k: Counter(str(settings_of(r)[k]) for r in runs).most_common(2) for k in _DEFAULTS}
+    return {k: m[0][0] if len(m) < 2 or m[0][1] > m[1][1] else None for k, m in most.items()}
+
+def _chosen(ranked, axes, mix, usual): # the largest group, of equals the one with the usual settings; or all of them
     rest = lambda g: {k: v for k, v in settings_of(g[0]).items() if k not in axes}
     if mix or len(ranked) == 1: return [r for _, g in ranked for r in g], []
-    far = lambda g: sum(v != _DEFAULTS[k] for k, v in rest(g).items())
-    ranked = sorted(ranked, key=lambda x: (-x[0], far(x[1])))
-    (n, first), (m, second) = ranked[:2]; odd = _differ([rest(first), rest(second)])
-    if (n, far(first)) == (m, far(second)): raise IpoError(f"the records hold two grids of one size, with {odd}: say which with where, or mix=True to see both.")
+    far = lambda g, what: sum(str(v) != str(what[k]) for k, v in rest(g).items())
+    order = lambda x: (-x[0], far(x[1], usual), -len(x[1]), far(x[1], _DEFAULTS))
+    ranked = sorted(ranked, key=order); first, second = (g for _, g in ranked[:2])
+    if order(ranked[0]) == order(ranked[1]): raise IpoError(f"the records hold two grids of one size, with {_differ([rest(first), rest(second)])}: say which with where, or mix=True to see both.")
     others = [r for _, g in ranked[1:] for r in g]
     return first, [f"{len(others)} runs with other settings are left out ({_differ([rest(g) for _, g in ranked])})."]
 
@@ -223,7 +234,7 @@ def _chosen(ranked, axes, mix): # the largest group, or all of them
 def _origin(manifest, data, settings, dataset, folder): # what must be equal -> its value
     clip, versions = manifest.get('clip') or {}, manifest.get('versions') or {}
     at = dataset, settings.get('shots'), settings.get('seed')
-    return dict(folder=str(folder)) | {('weights of CLIP',): clip.get('weights_sha256'), ('preprocessing of CLIP',): clip.get('transform_sha'), ('version of ipo_nb',): versions.get('ipo_nb'),
+    return dict(folder=str(folder)) | {('weights of CLIP',): clip.get('weights_sha256'), ('preprocessing of CLIP',): clip.get('transform_sha'), ('version of ipo_nb',): versions.get('ipo_nb'), ('version of open_clip',): versions.get('open_clip_torch'),
         ('generator of the embedded world',): manifest.get('data', {}).get('generator'), ('split', dataset): data.get('split_sha'), ('few-shot images', *at): data.get('few_shot_sha')}
 
 def origin(record # `Record` of a search, or a peer's dictionary
@@ -314,15 +325,22 @@ def nums(self:Cell) -> dict: # base, novel, h -> `Num`
     return dict(self.__dict__['_nums'])
 
 # %% ../nbs/14_tables.ipynb #63517673
-def _told(pairs): # p of a paired test over images, each counted once; pairs of truth values [seeds, images]
+def _over_seeds(differences): # p of a paired t-test; 0 where no seed says otherwise than another, so that the images decide
+    d = np.asarray(differences)
+    return float(ttest_1samp(d, 0).pvalue) if len(d) > 1 and np.ptp(d) > 1e-9 else 0.
+
+def _told(pairs): # p of the less sure of two paired tests: over images, each counted once, and over seeds; pairs of truth values [seeds, images]
+    if not pairs: return 1.
     right = [(x.sum(0), y.sum(0)) for x, y in pairs]
-    return paired_test(np.concatenate([x > y for x, y in right]), np.concatenate([y > x for x, y in right]))['p'] if right else 1.
+    over_images = paired_test(np.concatenate([x > y for x, y in right]), np.concatenate([y > x for x, y in right]))['p']
+    seeds = zip(*[x.mean(1) - y.mean(1) for x, y in pairs])
+    return max(over_images, _over_seeds([np.mean(s) for s in seeds]))
 
 def versus(a:Cell,       # one method
            b:Cell,       # another
            half:str='h'  # 'base', 'novel', or 'h' for all images
           ) -> float: # two-sided p; 1 where they share no seed of a dataset
-    "Paired test over images, each counted once, on the seeds that both have."
+    "Paired test on the seeds that both have: over images or over seeds, whichever is less sure."
     at = lambda c: {(x['dataset'], x['settings'].get('seed')): x['evaluation'] for x in c.answers}
     x, y = at(a), at(b); shared, pairs = [k for k in x if k in y], []
     for d in dict.fromkeys(k[0] for k in shared):
@@ -344,6 +362,16 @@ def with_best(cells:dict # of one block: key -> `Cell`
     return found
 
 # %% ../nbs/14_tables.ipynb #f4c2e000
+_READ = 'Mean ± standard deviation over seeds [95 % interval over images]; H is that of the mean base and the mean novel accuracy.'
+_TEST = 'paired, over the test images or over the seeds (t-test), whichever is less sure, and not corrected for the number of tests'
+_TITLES = dict(ipo='IPO', random='random control', default='default prompt', template='plain template')
+
+def _lacking(runs): # the same for runs
+    have = {}
+    for r in runs: have.setdefault(r.result['dataset'], set()).add(r.result['settings'].get('seed'))
+    every = set().union(*have.values())
+    return [f"Seed{'s' if len(every - s) > 1 else ''} {', '.join(map(str, sorted(every - s)))} missing: {d}." for d, s in have.items() if every - s]
+
 def missing_seeds(cells:dict # key (a tuple of words) -> `Cell`
                  ) -> list: # sentences
     "Which cells lack which seeds, dataset by dataset."
@@ -351,7 +379,7 @@ def missing_seeds(cells:dict # key (a tuple of words) -> `Cell`
     every = set().union(*have.values()) if have else set()
     lacking = {}
     for k, seeds in have.items():
-        if every - seeds: lacking.setdefault(tuple(sorted(every - seeds)), []).append(', '.join(dict.fromkeys(map(str, k))))
+        if every - seeds: lacking.setdefault(tuple(sorted(every - seeds)), []).append(', '.join(dict.fromkeys(_TITLES.get(x, str(x)) for x in k)))
     return [f"Seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))} missing: {'; '.join(who)}." for s, who in lacking.items()]
 
 # %% ../nbs/14_tables.ipynb #a76bd942
@@ -362,20 +390,23 @@ FLAWS = {
  '8': ("The paper's 16-shot rows of IPO do not reproduce: users of the released code report far lower figures with the printed prompts, and the printed average (79.92 / 80.51 / 80.21) is not the mean of its rows (83.24 / 78.47 / 80.79).",
        "One SUN397 prompt has 72.25 / 77.53 in table 6 and 81.25 / 80.92 in table 8, though a prompt has no shots."),
  '9': ("The paper's average of IPO (67.36) counts the source; over the ten targets it is 66.88. Random words (WaffleCLIP) reach 66.67 on the same sets.",),
- '4': ("Table 5 of the paper repeats its table 4.",), '2': ("BLIP-2 has H 73.16 in table 2b, and its two columns give 74.16.",),
+ '4': ("Table 5 of the paper repeats its table 4.",), '10': ("BLIP-2 has H 73.16 in table 2b, and its two columns give 74.16.",),
  '14': ("Three values of H in the paper's table 14 are not those of their columns (GPT-3.5 at 16, GPT-4o at 4 and at 64).",)}
 ELEVEN = 'imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101'.split()
 
+_LLMS = {'openai:gpt-3.5-turbo': 'GPT-3.5-turbo', 'openai:gpt-4': 'GPT-4', 'openai:gpt-4o': 'GPT-4o'}
+
 def comparable(cell:Cell) -> bool: # are all its answers under the paper's conditions?
-    "Published split and the paper's CLIP."
-    return all(a['data'].get('split_source') == 'published' and a['settings'].get('clip') in ('ViT-B-16/openai', 'ViT-B-16-quickgelu/openai') for a in cell.answers)
+    "Published split, the paper's CLIP, and for a search one of its optimizers and its 100 steps."
+    searched = lambda a: a['method'] not in ('ipo', *sbs.SEARCHES, 'random') or (a['settings'].get('llm') in _LLMS and a['settings'].get('steps') == 100)
+    return all(a['data'].get('split_source') == 'published' and a['settings'].get('clip') in ('ViT-B-16/openai', 'ViT-B-16-quickgelu/openai') and searched(a) for a in cell.answers)
 
 # %% ../nbs/14_tables.ipynb #cfad14d2
 def paper_columns(found:list # a row of the paper or None, for each row of a table; with its `Num` of H
                  ) -> list: # columns for each row; empty dictionaries where the paper has nothing to say
-    "What the paper prints, and the gap of H."
+    "What the paper prints, and the gap to the H of its two columns."
     if not any(p for p, _ in found): return [{} for _ in found]
-    return [{'paper: base / novel / H': f"{p['base']:.1f} / {p['novel']:.1f} / {p['h']:.1f}", 'gap of H': round(num.mean - p['h'], 2)} if p
+    return [{'paper: base / novel / H': f"{p['base']:.1f} / {p['novel']:.1f} / {p['h']:.1f}", 'gap of H': round(num.mean - harmonic_mean(p['base'], p['novel']), 2)} if p
             else {'paper: base / novel / H': '', 'gap of H': None} for p, num in found]
 
 def paper_ablation(table:str, value:str # such as '15' and '20'
@@ -385,8 +416,6 @@ def paper_ablation(table:str, value:str # such as '15' and '20'
     return {k: float(rows[0][k]) for k in ('base', 'novel', 'h')} if rows else None
 
 # %% ../nbs/14_tables.ipynb #9109d0c1
-_LLMS = {'openai:gpt-3.5-turbo': 'GPT-3.5-turbo', 'openai:gpt-4': 'GPT-4', 'openai:gpt-4o': 'GPT-4o'}
-
 def _lmm(captioner): # the paper's name, or ''
     return 'GPT-4o' if captioner == 'openai:gpt-4o' else 'MiniCPM-V-2' if 'MiniCPM-V-2' in captioner and '_' not in captioner.split('MiniCPM-V-2')[1][:1] else ''
 
@@ -401,8 +430,6 @@ def paper_pair(llm:str, captioner:str # specifications
     return f'{_LLMS[llm]} + {_lmm(captioner)}' if llm in _LLMS and _lmm(captioner) else ''
 
 # %% ../nbs/14_tables.ipynb #4ec95b61
-_TITLES = dict(ipo='IPO', random='random control', default='default prompt', template='plain template')
-
 def _setting_title(runs): # '; CLIP mini, optimizer smollm2, ...' of what all runs share
     same = {k: {str(settings_of(r).get(k)) for r in runs} for k in ('clip', 'llm', 'captioner', 'steps')}
     said = dict(clip='CLIP', llm='optimizer', captioner='captioner', steps='steps')
@@ -462,9 +489,9 @@ def base_to_novel(shelf:Shelf,
         numbers = with_best(block)
         for m in sorted(block, key=lambda m: -numbers[m]['h'].mean):
             c, n = block[m], numbers[m]; found.append((_paper_of(c, name, shots), n['h']))
-            out.append(dict(dataset=name, method=_title(c) + m[len(c.answers[0]['method']):], base=n['base'], novel=n['novel'], H=n['h'], seeds=len(c.seeds), p=None if m == 'ipo' or 'ipo' not in block else versus(block['ipo'], c)))
+            out.append(dict(dataset=name, method=_title(c) + (f' ({rest})' if (rest := m[len(c.answers[0]['method']):]) else ''), base=n['base'], novel=n['novel'], H=n['h'], seeds=len(c.seeds), p=None if m == 'ipo' or 'ipo' not in block else versus(block['ipo'], c)))
     out = [r | p for r, p in zip(out, paper_columns(found))]
-    notes = [_verdict(cells), 'Mean ± standard deviation over seeds [95 % interval over images]; p: IPO against this method, paired, all images; bold: better than every other method of its block, p < 0.05.', *notes, *missing_seeds(cells), *FLAWS.get(table, ())] if out else []
+    notes = [_verdict(cells), _READ, f'p: IPO against this method, {_TEST}; bold: better than every other method of its block, p < 0.05.', *notes, *missing_seeds({(d, _title(c)): c for (d, _), c in cells.items()}), *FLAWS.get(table, ())] if out else []
     return Sheet(f'base_to_novel_{shots}shot', f"From base to novel classes, {shots} shot{'s' if shots > 1 else ''}{_setting_title(runs)}", out, notes=tuple(notes), command=command)
 
 # %% ../nbs/14_tables.ipynb #a93e6255
@@ -487,11 +514,11 @@ def _axis_row(key, ipo, numbers, random, template): # one row
     return dict(key, base=numbers['base'], novel=numbers['novel'], H=numbers['h'], **{'H of random control': other(random), 'H of plain template': other(template)},
                 seeds=len(ipo.seeds), p=versus(ipo, random) if random else None)
 
-def _axis_verdict(block): # value -> `Cell`; one sentence
+def _axis_verdict(block, named): # values -> `Cell`, and in words; one sentence
     numbers = with_best(block); top, low = (f(numbers, key=lambda k: numbers[k]['h'].mean) for f in (max, min))
-    if numbers[top]['h'].best: return f"{' '.join(top)} has the highest H, beyond chance against every other row."
+    if numbers[top]['h'].best: return f"{named(top)} has the highest H, beyond chance against every other row."
     told = sum(versus(block[top], c) < .05 for k, c in block.items() if k != top)
-    return (f"The highest H ({' '.join(top)}) is told from {told} of the {len(block)-1} other rows beyond chance" + (f", and from the lowest ({' '.join(low)}) it is not" if versus(block[top], block[low]) >= .05 else '') + '.')
+    return (f"The highest H ({named(top)}) is told from {told} of the {len(block)-1} other rows beyond chance" + (f", and from the lowest ({named(low)}) it is not" if versus(block[top], block[low]) >= .05 else '') + '.')
 
 # %% ../nbs/14_tables.ipynb #cea069c4
 def axis_table(runs:list,     # of `Record`
@@ -505,16 +532,17 @@ def axis_table(runs:list,     # of `Record`
               ) -> Sheet: # a row for each dataset and value
     "Accuracy against one setting or several, with control and plain template in each row."
     runs, notes = _axis_runs(runs, axes, where, mix); check_alike(runs, mix)
+    named = lambda v: ', '.join(f'{(say or {}).get(a, a)} {x}' for a, x in zip([*axes, 'and'], v))
     free = lambda a: (_differ([settings_of(a['run']), settings_of(runs[0])]),) if mix else ()
     cells, out, found, verdicts = gather([a for r in runs for a in answers(r)], lambda a: (a['dataset'], 'ipo' if a['method'] in sbs.SEARCHES else a['method'], (*_place(a['run'], axes)[1:], *free(a)))), [], [], []
     for d, block in _axis_blocks(cells).items():
         mine = {v: c for (m, v), c in block.items() if m == 'ipo'}; numbers = with_best(mine)
-        verdicts.append(f"{d}: {_axis_verdict(mine)}" if len(mine) > 1 else '')
+        verdicts.append(f"{d}: {_axis_verdict(mine, named)}" if len(mine) > 1 else '')
         for v in sorted(mine, key=_order):
             found.append((_paper_at(paper, d, mine[v], v), numbers[v]['h']))
             out.append(_axis_row(dict(dataset=d) | dict(zip([*((say or {}).get(a, a) for a in axes), 'also differs'], v)), mine[v], numbers[v], block.get(('random', v)), block.get(('template', v))))
     out = [r | p for r, p in zip(out, paper_columns(found))]
-    notes = [*filter(None, verdicts), 'Mean ± standard deviation over seeds [95 % interval over images]; p: IPO against the random control of the same runs; bold: better than every other row of the dataset, p < 0.05.', *notes, *missing_seeds({(m, *v, d): c for (d, m, v), c in cells.items() if m == 'ipo'}), *FLAWS.get((paper or ('',))[0], ())] if out else []
+    notes = [*filter(None, verdicts), _READ, f'p: IPO against the random control of the same runs, {_TEST}; bold: better than every other row of the dataset, p < 0.05.', *notes, *missing_seeds({(named(v),): c for (d, m, v), c in cells.items() if m == 'ipo'}), *FLAWS.get((paper or ('',))[0], ())] if out else []
     return Sheet(name, title + _setting_title(runs), out, notes=tuple(notes), command=command)
 
 # %% ../nbs/14_tables.ipynb #17ac2eb6
@@ -546,7 +574,7 @@ def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
     runs, notes = family(runs, (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix)
     rows = [row for r in sorted(runs, key=lambda r: (r.result['dataset'], r.result['settings']['seed'])) for row in _prompt_rows(r)]
     odd = {r['prompt']: why for r in rows if r['by'] == 'IPO' and (why := unreadable(r['prompt']))}; n = len({r['prompt'] for r in rows if r['by'] == 'IPO'})
-    if rows: notes = [f"{len(odd)} of the {n} prompts that IPO chose are hard to read" + (f" ({'; '.join(odd.values())})" if odd else '') + '; that the others can be read does not say that they describe the images.', *notes]
+    if rows: notes = [f"{len(odd)} of the {n} prompts that IPO chose are hard to read" + (f" ({'; '.join(odd.values())})" if odd else '') + '; that the others can be read does not say that they describe the images.', *_lacking(runs), *notes]
     theirs = [p for p in sbs.paper_file('prompts') if int(p['shots']) == shots and p['dataset'] in {r['dataset'] for r in rows}]
     rows += [dict.fromkeys(rows[0], None) | dict(dataset=p['dataset'], shots=shots, by='the paper', prompt=p['prompt']) for p in theirs]
     return Sheet(f'prompts_{shots}shot', f'The prompts that were found, {shots}-shot{_setting_title(runs)}', rows, notes=tuple(notes), command=command)
@@ -557,9 +585,10 @@ def _target(found): # rows of one target and method, one a seed -> `Num`
     fixed = len(set(accs)) == 1
     return Num(float(np.mean(accs)), None if fixed else float(np.std(accs, ddof=1)), *map(float, cis))
 
-def _mean_of(nums): # average over targets
+def _mean_of(nums, accs): # average over targets; accs: targets x seeds
     half = np.sqrt(sum(((n.high-n.low)/2)**2 for n in nums))/len(nums); m = float(np.mean([n.mean for n in nums]))
-    return Num(m, None, m - float(half), m + float(half))
+    by_seed = np.reshape(accs, (len(nums), -1)).mean(0) if len(accs) % len(nums) == 0 else []
+    return Num(m, float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 and np.ptp(by_seed) > 0 else None, m - float(half), m + float(half))
 
 def _paper_9(targets): # the paper's rows for targets that are all the paper's
     if not targets or not set(targets) <= set(ELEVEN): return []
@@ -592,7 +621,7 @@ def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a ro
     targets, methods = (list(dict.fromkeys(t[k] for _, t in mine)) for k in ('dataset', 'method'))
     whole = [d for d in targets if all(any((t['dataset'], t['method']) == (d, m) for _, t in mine) for m in methods)] # a method may be too long for the names of a target
     at = {d: _best_on(mine, [d], {m: _target([t for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for m in methods}) for d in whole}
-    average = _best_on(mine, whole, {m: _mean_of([at[d][m] for d in whole]) for m in methods}) if whole else {}
+    average = _best_on(mine, whole, {m: _mean_of([at[d][m] for d in whole], [t['accuracy'] for d in whole for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for m in methods}) if whole else {}
     seeds = len({r.result['settings']['seed'] for r, _ in mine})
     return [dict(source=source, method='plain template' if m.startswith('hand') else m, **{d: at[d][m] for d in whole}, average=average[m], seeds=seeds,
                  p=None if m == 'IPO' else _told_on(mine, whole, 'IPO', m)) for m in average]
@@ -606,7 +635,7 @@ def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted v
         mine = [(r, t) for r in runs if r.result['dataset'] == source for t in r.result['transfer'] if not t['skipped'] and t['dataset'].startswith(source) == shifted]
         rows = _transfer_rows(source, mine); out += rows
         if rows and not shifted and source == 'imagenet' and all(comparable(Cell(tuple(answers(r)))) for r in runs): out += _paper_9([c for c in rows[0] if c in ELEVEN])
-    notes = [*_transfer_verdict(out), 'All classes of each target, where the plain template is its own; mean ± standard deviation over seeds [mean of their 95 % intervals]; p: IPO against this method, paired, all images; bold: better than every other method, p < 0.05.', *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
+    notes = [*_transfer_verdict(out), f'All classes of each target, where the plain template is its own; mean ± standard deviation over seeds [mean of their 95 % intervals]; p: IPO against this method, {_TEST}; bold: better than every other method, p < 0.05.', *_lacking(runs), *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
     every = list(dict.fromkeys(k for r in out for k in r)); out = [{k: r.get(k) for k in every} for r in out]
     return Sheet('shifts' if shifted else 'transfer', ('Shifted versions of the source' if shifted else 'The prompts on other datasets') + _setting_title(runs), out, notes=tuple(notes), command=command)
 
@@ -631,13 +660,14 @@ def steps_sheet(run:Record) -> Sheet: # step 0, then each step of which the reco
     "What the optimizer read at the first, middle and last step, and the best prompt by then (the paper's figures 2 to 8)."
     name, r = f"meta_prompt_{run.result['dataset']}", run.result
     start = run.history[0]['candidates'][0]
-    rows = [dict(step=0, read='', **{'best prompt after it': start['prompt'], 'accuracy': start['accuracy'], 'loss': start['loss']})]
+    said = {l['step']: '\n'.join(c['prompt'] for c in l['candidates']) for l in run.history}
+    rows = [dict(step=0, read='', answers='', **{'best prompt after it': start['prompt'], 'accuracy': start['accuracy'], 'loss': start['loss']})]
     best = dict(best_so_far(run.history))
     for s in r['shown']:
         form = s.get('sent', 'message'); b = best.get(s['step'], best[max(best)])
-        rows.append(dict(step=s['step'], read=s.get(form) if form != 'memory' else '(the memory itself)', **{'best prompt after it': b.prompt, 'accuracy': b.accuracy, 'loss': b.loss}))
-    notes = f"Step 0 is the default prompt. Optimizer {r['search']['llm']}; the random control ended with {(r.get('control_chosen') or {}).get('prompt', 'nothing')}."
-    return Sheet(name, f"{r['dataset']}: what the optimizer read", rows, ('read', 'best prompt after it'), notes=(notes,), command='ipo_sweep peers')
+        rows.append(dict(step=s['step'], read=s.get(form) if form != 'memory' else '(the memory itself)', answers=said.get(s['step'], ''), **{'best prompt after it': b.prompt, 'accuracy': b.accuracy, 'loss': b.loss}))
+    notes = f"Step 0 is the default prompt. Optimizer {r['search']['llm']}; the random control ended with: {(r.get('control_chosen') or {}).get('prompt', 'nothing')}"
+    return Sheet(name, f"{r['dataset']}: what the optimizer read", rows, ('read', 'answers', 'best prompt after it'), notes=(notes,), command='ipo_sweep peers')
 
 # %% ../nbs/14_tables.ipynb #d038a446
 def words_sheets(runs:list, # of `first_runs`
@@ -646,11 +676,12 @@ def words_sheets(runs:list, # of `first_runs`
     out = []
     for run in runs:
         r, by = run.result, {x['by']: x for x in _prompt_rows(run)}
-        rows = [{'left out': w['removed'] or 'nothing', 'prompt': w['prompt'], 'base': w['base'], 'novel': w['novel'], 'H': by['IPO']['H'] if w['kind'] == 'whole' else w['h'], 'H lost': w['drop']} for w in r['word_importance']]
+        parts = list({w['prompt']: w for w in reversed(r['word_importance'])}.values())[::-1] # a phrase of one word is a word
+        rows = [{'left out': w['removed'] or 'nothing', 'prompt': w['prompt'], 'base': w['base'], 'novel': w['novel'], 'H': by['IPO']['H'] if w['kind'] == 'whole' else w['h'], 'H lost': w['drop']} for w in parts]
         rows += [{'left out': k, 'prompt': x['prompt'], 'base': x['base'].mean, 'novel': x['novel'].mean, 'H': x['H'], 'H lost': by['IPO']['H'].mean - x['H'].mean} for k, x in by.items() if k != 'IPO']
-        parts = [w for w in r['word_importance'] if w['kind'] in ('word', 'phrase')]; half = (by['IPO']['H'].high - by['IPO']['H'].low)/2
+        parts = [w for w in parts if w['kind'] != 'whole']; half = (by['IPO']['H'].high - by['IPO']['H'].low)/2
         big = [w['removed'] for w in parts if abs(w['drop']) > half]
-        note = f"{len(big)} of {len(parts)} words or phrases change H by more than the half-width of its interval ({half:.1f}){': ' + ', '.join(big) if big else ''}; the last rows are other prompts."
+        note = f"{len(big)} of {len(parts)} words and parts change H by more than the half-width of its interval ({half:.1f}){': ' + ', '.join(big) if big else ''}; the last rows are other prompts."
         out.append(Sheet(f"words_{r['dataset']}", f"{r['dataset']}, seed {r['settings']['seed']}: words left out{_setting_title([run])}", rows, ('left out', 'prompt'), notes=(note,), command='ipo_sweep peers'))
     return out
 
@@ -692,10 +723,16 @@ def _seg_verdict(scenes, rows): # one sentence, about the path that the plain pr
 
 def _method(row): return row['name'].split(' (')[0].replace('hand-written', 'plain')
 
-def segmentation_sheet(folder=None, # of the records; None: data_cards/records/segmentation
+def segmentation_files(folders # as of `read_records`
+                      ) -> list: # paths of records of `python -m ipo_nb.segmentation`
+    "They are the JSON files whose rows are compared with a first prompt."
+    found = sorted({f for p in _places(folders) for f in p.rglob('*.json') if f.stem not in ('config', 'result', 'manifest', 'descriptions', 'peers', 'learning')})
+    return [f for f in found if '"against_first"' in f.read_text(encoding='utf-8')]
+
+def segmentation_sheet(folders, # as of `read_records`
                        command:str='python -m ipo_nb.segmentation') -> Sheet: # a row for each set of scenes, path and method
     "Zero-shot segmentation with plain and optimized prompts (the paper's table 13)."
-    records = [json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder or cards_dir()/'records'/'segmentation').glob('*.json'))]
+    records = [json.loads(p.read_text(encoding='utf-8')) for p in segmentation_files(folders)]
     rows, out, blank = [r for rec in records for r in rec['rows']], [], dict.fromkeys(('scenes', 'path', 'prompt of', *_SEG.values(), 'prompts'))
     for at in dict.fromkeys((r['scenes'], r['path'], _method(r)) for r in rows if not r['name'].startswith('given')):
         mine = [r for r in rows if (r['scenes'], r['path'], _method(r)) == at]
@@ -754,7 +791,7 @@ def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
         out.append({'dataset': d, 'seeds': len(found), 'prompts': sum(col('n')), 'ρ of few-shot accuracy and H': _spread(col('accuracy')), 'ρ of few-shot loss and H': _spread(col('loss')), 'H chosen': _spread(col('chosen')),
                     'median H': _spread(col('median')), 'best H': _spread(col('best')), 'regret': _spread([f['best'] - f['chosen'] for f in found]), 'H of random control': _spread(col('control')), 'H of plain template': _spread(col('plain'))})
     said = f"Over {len(means)} runs Spearman's rank correlation of few-shot accuracy and H is {_spread(means)}; the chosen prompt is better than the median of all scored ones in {sum(f['chosen'] > f['median'] for f in all_)} of {len(all_)} runs." if means else ''
-    notes = [said, 'Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its control; a good loss is a low one. The best H was found by looking at the test images, and no method could have chosen it.', *notes] if out else []
+    notes = [said, 'Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its control; a good loss is a low one. The best H was found by looking at the test images, and no method could have chosen it.', *_lacking(runs), *notes] if out else []
     return Sheet(f'predict_{shots}shot', f'Few-shot score against test accuracy, {shots}-shot{_setting_title(runs)}', out, notes=tuple(filter(None, notes)), command=command)
 
 # %% ../nbs/14_tables.ipynb #2572a817
@@ -850,7 +887,9 @@ def record_facts(folder=None # data_cards/records
     for path in sorted(folder.rglob('*.json')):
         if path.parent.name == 'segmentation': out.append(dict(kind='segmentation', dataset=path.stem))
         if path.name != 'result.json': continue
-        r = json.loads(path.read_text(encoding='utf-8')); search = 'methods' in r
+        try: r = json.loads(path.read_text(encoding='utf-8'))
+        except ValueError as e: raise IpoError(f"{path} is damaged: restore it from the repository.") from e
+        search = 'methods' in r
         known = {k: f.default for k, f in RunConfig.model_fields.items()} if search else {}
         out.append(known | r['settings'] | dict(dataset=r['dataset'], kind='search' if search else r['method']) | {k: bool(r.get(k)) for k in ('transfer', 'tried', 'tokens', 'descriptions')})
     return out
@@ -867,13 +906,26 @@ def _command_problem(command, nbs): # why a command cannot be, or ''
     scripts = re.findall(r'(\w+)=', (re.findall(r'^console_scripts = (.*)$', (nbs.parent/'settings.ini').read_text(), re.M) or [''])[0])
     if words[:2] == ['python', '-m']: return '' if (nbs.parent/(words[2].replace('.', '/') + '.py')).exists() else f'there is no module {words[2]}'
     if words[0] not in scripts: return f'{words[0]} is no command of settings.ini'
+    odd = [name for flag, name in zip(words, words[1:]) if flag == '-p' and name not in RunConfig.model_fields]
+    if odd: return f'{odd[0]} is no parameter of a run'
     if words[0] == 'ipo_sweep' and not (nbs/'sweeps'/f'{words[1]}.yaml').exists(): return f'there is no nbs/sweeps/{words[1]}.yaml'
     return ''
+
+_PAPER = {f'table {i}' for i in range(1, 30)} | {f'figure {i}' for i in range(2, 10)}
+
+def _named(rows): # the tables and figures that rows are about
+    out = set()
+    for kind, a, b in (m for r in rows for m in re.findall(r'^(table|figure)s? (\d+)(?: to (\d+))?', r['paper'])): out |= {f'{kind} {i}' for i in range(int(a), int(b or a) + 1)}
+    return out
 
 def map_problems(rows:list, nbs=None # of `load_map`; the folder of notebooks
                 ) -> list: # sentences; empty where every row names what is there
     "Hold the map against notebooks and commands."
-    nbs, out = Path(nbs or project_dir()/'nbs'), []
+    nbs, out = Path(nbs or project_dir()/'nbs'), [f'{t} of the paper has no row' for t in sorted(_PAPER - _named(rows), key=lambda t: (t[0] == 'f', int(t.split()[1])))]
+    from ipo_nb.sweep import load_sweep # torch is loaded only here
+    for f in sorted((nbs/'sweeps').glob('*.yaml')):
+        try: load_sweep(f)
+        except IpoError as e: out.append(str(e))
     for r in rows:
         if r.get('section') and not (nbs/r['notebook']).exists(): out.append(f"{r['paper']}: there is no notebook {r['notebook']}")
         elif r.get('section') and r['section'] not in sections(nbs/r['notebook']): out.append(f"{r['paper']}: {r['notebook']} has no section '{r['section']}'")
@@ -905,12 +957,25 @@ def checked(namespace:dict, known:tuple # `globals()` after the parameters cell;
     return names
 
 @dataclass(frozen=True)
-class Writer:
-    "Writes what it is given below a folder, and hands it on to be shown."
-    folder:Path
+class Refused:
+    "What stands in the place of a table that cannot be made."
+    why:str # a sentence
+    def _repr_markdown_(self): return f'**Not made:** {safe(self.why)}'
 
-    def __call__(self, sheet:Sheet): # written, and returned
-        sheet.write(self.folder); return sheet
+@dataclass(frozen=True)
+class Writer:
+    "Makes tables and figures, writes them below a folder, and hands them on to be shown; what is refused stops no other."
+    folder:Path
+    refused:list=field(default_factory=list) # sentences
+
+    def ask(self, make, *args, **kw): # what `make` returns, or `Refused`
+        try: return make(*args, **kw)
+        except IpoError as e: self.refused.append(f'{make.__name__}: {e}'); return Refused(str(e))
+
+    def __call__(self, make, *args, **kw): # make: a `Sheet`, or the function that makes one
+        sheet = make if isinstance(make, Sheet) else self.ask(make, *args, **kw)
+        if isinstance(sheet, Sheet): sheet.write(self.folder)
+        return sheet
 
     def picture(self, name, fig): # figures/NAME.png and .pdf, and returned
         for kind in ('png', 'pdf'): write_text(Path(self.folder)/'figures'/f'{name}.{kind}', fig.data(kind))

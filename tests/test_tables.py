@@ -5,8 +5,8 @@ from itertools import product
 from pathlib import Path
 import numpy as np
 import pytest
-from ipo_nb.core import IpoError
-from ipo_nb.evaluation import make_evaluation
+from ipo_nb.core import IpoError, project_dir
+from ipo_nb.evaluation import make_evaluation, pack_bits
 from ipo_nb.tables import *
 
 nbs = Path(__file__).resolve().parent.parent/'nbs'
@@ -52,6 +52,8 @@ def test_a_wrong_row_is_found():
     assert any("has no section 'Base to novel'" in p for p in map_problems([sixth | dict(section='Base to novel')]))
     assert any('no notebook' in p for p in map_problems([sixth | dict(notebook='x.ipynb')]))
     assert any('no module' in p for p in map_problems([sixth | dict(command='python -m ipo_nb.nothing')]))
+    assert any('dataroot is no parameter' in p for p in map_problems([sixth | dict(real='ipo_sweep paper_table6 -p dataroot x')]))
+    assert 'table 14 of the paper has no row' in map_problems([sixth])
     assert any('ipo_nothing is no command' in p for p in map_problems([sixth | dict(command='ipo_nothing')]))
 
 def test_a_changed_number_of_the_paper(tmp_path):
@@ -141,9 +143,35 @@ def test_average_counts_each_dataset_once():
 
 def test_missing_seed_is_named(home):
     s = base_to_novel(Shelf([r for r in read_records(home).runs if r.path.name != 'one-2' or r.result['dataset'] != 'shells'], [], []))
-    assert any(n.startswith('Seed 2 missing: shells, ipo') for n in s.notes)
+    assert any(n.startswith('Seed 2 missing: shells, IPO') for n in s.notes)
 
-ELEVEN_RUNS = dict(shots=1, clip='ViT-B-16/openai')
+def test_saved_page_is_what_the_records_say(tmp_path):
+    "The outputs in the repository, against those of this code on the committed records."
+    import nbformat; from nbclient import NotebookClient
+    saved = nbformat.read(project_dir()/'nbs'/'tables_and_figures.ipynb', 4); again = nbformat.from_dict(json.loads(json.dumps(saved)))
+    next(c for c in again.cells if 'parameters' in c.metadata.get('tags', [])).source += f"\nout = {str(tmp_path)!r}"
+    NotebookClient(again, resources=dict(metadata=dict(path=str(project_dir()/'nbs')))).execute()
+    tables = lambda nb: [o.data['text/markdown'] for c in nb.cells if c.cell_type == 'code' for o in c.outputs if 'text/markdown' in o.get('data', {})]
+    assert len(tables(saved)) > 25 and tables(saved) == tables(again)
+
+def test_a_refused_table_stops_no_other(tmp_path):
+    runs = [made_up_run(tmp_path/'d'/f'{t}-{s}', 'd', temperature=t, seed=s) for t in (.1, 1.5) for s in (1, 2)]
+    put = Writer(tmp_path/'out'); shown = put(base_to_novel, Shelf(runs, [], []))
+    assert isinstance(shown, Refused) and 'two grids of one size' in shown._repr_markdown_() and len(put.refused) == 1
+    assert put(base_to_novel, Shelf(runs[:2], [], [])).rows and [p.name for p in (tmp_path/'out'/'tables').glob('*.csv')] == ['base_to_novel_1shot.csv']
+
+def test_of_equal_grids_the_usual_one_is_taken(tmp_path):
+    "The sweeps of tables 4, 6 and 15 write into one folder."
+    runs = [made_up_run(tmp_path/'d'/f'{c}-{m}-{s}', 'd', captioner=c, memory=m, seed=s) for c, m in (('none', 20), ('a', 20), ('b', 20), ('a', 0)) for s in (1, 2)]
+    s = base_to_novel(Shelf(runs, [], [])); assert 'captioner a' in s.title and any('6 runs' in n or '4 runs' in n for n in s.notes)
+    t = axis_table(runs, ('captioner',), 'x', 'x', where=dict(captioner='a')); assert [r['captioner'] for r in t.rows] == ['a', 'b', 'none'] # an axis is free
+
+def test_one_lucky_seed_is_not_beyond_chance(tmp_path):
+    x = np.zeros((3, 200), bool); y = x.copy(); y[0, :50] = True
+    at = lambda rows: Cell(tuple(dict(dataset='d', settings=dict(seed=i), evaluation=dict(base_correct=pack_bits(b), novel_correct=pack_bits(b))) for i, b in enumerate(rows)))
+    assert versus(at(y), at(x)) > .3 and versus(at(y[:1]), at(x[:1])) < 1e-6 and versus(at(y[[0, 0, 0]]), at(x)) < 1e-6
+
+ELEVEN_RUNS = dict(shots=1, clip='ViT-B-16/openai', llm='openai:gpt-3.5-turbo', steps=100)
 
 @pytest.fixture(scope='module')
 def real(tmp_path_factory):
@@ -220,5 +248,5 @@ def test_notebook_on_made_up_records(tmp_path, monkeypatch):
         if 'parameters' in c['metadata'].get('tags', []): names |= dict(records=str(tmp_path), out=str(tmp_path/'out'), where={}, mix=False)
     files = {p.stem for p in (tmp_path/'out').rglob('*.tex')} ; figures = {p.name for p in (tmp_path/'out'/'figures').iterdir()}
     empty = {p.stem for p in (tmp_path/'out').rglob('*.tex') if 'no records yet' in p.read_text()}
-    assert {'base_to_novel_1shot', 'history_length', 'transfer', 'shifts', 'holdout', 'words_plates', 'predict_16shot'} <= files and empty == {'tokens_1shot', 'tokens_16shot'}
+    assert {'base_to_novel_1shot', 'history_length', 'transfer', 'shifts', 'holdout', 'words_plates', 'predict_16shot'} <= files and empty == {'tokens_1shot', 'tokens_16shot', 'segmentation'}
     assert {'figure_9.pdf', 'figure_9.png', 'predict_1shot.pdf', 'cost_plates.png', 'trajectory_plates.pdf'} <= figures
