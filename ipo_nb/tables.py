@@ -810,7 +810,7 @@ def predict_figure(runs:list # of `family`, with `tried`
         if plain: ax.axhline(plain[0], color=COLOURS['hand-written template'], lw=1, ls=':', label='plain template')
         n = sum(len({t['prompt'] for t in r.result['tried']}) for r in mine)
         ax.set(xlabel='few-shot accuracy (%)', title=f"{d}\n{f'mean ρ {np.mean(rhos):.2f}, ' if rhos else ''}n {n} in {len(mine)} run{'s'*(len(mine) > 1)}")
-    fig.axes[0].set_ylabel('H on the test images'); fig.axes[0].legend(frameon=False, fontsize=8)
+    fig.axes[0].set_ylabel('H on the test images'); fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize=8)
     return fig
 
 # %% ../nbs/14_tables.ipynb #90b3afb6
