@@ -45,6 +45,8 @@ def test_all_runs_of_the_embedded_sweeps_can_start():
 def test_table_6_names_what_is_missing(tmp_path):
     runs = sweep.look_all(sweep.load_sweep('paper_table6', data_root=str(tmp_path))[1])
     assert len(runs) == 33 and all(r.state == 'failed' and r.why for r in runs)
+    said = sweep.plan_text(sweep.load_sweep('paper_table6')[0], runs)
+    assert '33 runs: 33 not yet.' in said and ' 0 LLM calls' not in said and 'about 9.2 hours' in said # a budget before anything is downloaded
 
 @pytest.mark.parametrize('text, sentence', [
     ('grid: {sed: [1]}', "'sed' in grid is no parameter of run_dataset.ipynb; did you mean 'seed'?"),
