@@ -124,15 +124,17 @@ def _label(params, names): return ', '.join(f'{n} {params[n]}' for n in names if
 # %% ../nbs/12_sweep.ipynb #2514044a
 _beside = {'device', 'timeout', 'peers'} # two runs that differ in nothing else are one
 
+def _resolved(params): # card, and configuration with the card's settings; raises `IpoError`
+    card = data.load_card(make_config(**params).dataset)
+    return card, make_config(**card.settings.model_dump() | params)
+
 def check_runs(runs:list, # parameters of each run
                where='the sweep' # its name in sentences
               ) -> None:
     "Raises `IpoError` for an impossible value, an unknown dataset, and two runs that are one."
     seen, names = {}, varying(runs)
     for i, params in enumerate(runs, 1):
-        try:
-            config = make_config(**params)
-            config = make_config(**data.load_card(config.dataset).settings.model_dump() | params)
+        try: _, config = _resolved(params)
         except IpoError as e: raise IpoError(f"{where}, run {i} ({_label(params, names)}): {e}") from None
         first = seen.setdefault(config.model_dump_json(exclude=_beside), i)
         if first != i: raise IpoError(f"{where}: runs {first} and {i} are one and the same ({_label(params, names)}): take one of them out.")
@@ -204,7 +206,7 @@ def _precise(params): return 'fp16' if params.get('precision', 'auto') == 'auto'
 
 # %% ../nbs/12_sweep.ipynb #aff7816d
 def _foresee(run): # configuration and few-shot images by the card, where the images are missing
-    try: card = data.load_card(run.params['dataset']); config = make_config(**card.settings.model_dump() | run.params)
+    try: card, config = _resolved(run.params)
     except IpoError: return
     if card.base and config.llm and config.captioner: run.config, run.images = config, config.shots*card.base
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'FLAWS', 'ELEVEN', 'Num', 'tex', 'Sheet', 'Shelf', 'read_records', 'made_up_run', 'settings_of', 'family',
-           'origin', 'check_alike', 'answers', 'Cell', 'gather', 'versus', 'with_best', 'missing_seeds', 'comparable',
-           'paper_columns', 'paper_ablation', 'paper_captioner', 'paper_pair', 'base_to_novel', 'axis_table',
-           'prompts_table', 'transfer_sheet', 'first_runs', 'descriptions_sheet', 'steps_sheet', 'words_sheets',
-           'tokens_sheet', 'segmentation_files', 'segmentation_sheet', 'curves', 'predict_sheet', 'predict_figure',
-           'cost_sheet', 'cost_figures', 'load_map', 'check_paper', 'needed', 'record_facts', 'sections',
-           'map_problems', 'map_state', 'map_page', 'checked', 'Refused', 'Writer', 'main']
+           'origin', 'check_alike', 'answers', 'Cell', 'gather', 'versus', 'with_best', 'missing_seeds_of',
+           'missing_seeds', 'comparable', 'paper_columns', 'paper_ablation', 'paper_captioner', 'paper_pair',
+           'base_to_novel', 'axis_table', 'prompts_table', 'transfer_sheet', 'first_runs', 'descriptions_sheet',
+           'steps_sheet', 'words_sheets', 'tokens_sheet', 'segmentation_files', 'segmentation_sheet', 'curves',
+           'predict_sheet', 'predict_figure', 'cost_sheet', 'cost_figures', 'load_map', 'check_paper', 'needed',
+           'record_facts', 'sections', 'map_problems', 'map_state', 'map_page', 'checked', 'Refused', 'Writer', 'main']
 
 # %% ../nbs/14_tables.ipynb #2aa268b2
 import argparse, csv, hashlib, io, json, re, sys
@@ -351,14 +351,17 @@ def versus(a:Cell,       # one method
     return _told(pairs)
 
 # %% ../nbs/14_tables.ipynb #5888f63e
+def _marked(nums, p): # key -> `Num`; the best one marked where p(best, other) is below 0.05 for each other
+    top = max(nums, key=lambda k: nums[k].mean, default=None)
+    ps = [p(top, k) for k in nums if k != top]
+    return nums | ({top: replace(nums[top], best=True)} if ps and all(x is not None and x < .05 for x in ps) else {})
+
 def with_best(cells:dict # of one block: key -> `Cell`
              ) -> dict: # key -> its `Num`s, the best ones marked
     "The numbers of a block, with what may be printed in bold."
     found = {k: c.nums() for k, c in cells.items()}
     for what in ('base', 'novel', 'h'):
-        top = max(found, key=lambda k: found[k][what].mean, default=None)
-        if len(found) > 1 and all(versus(cells[top], c, what) < .05 for k, c in cells.items() if k != top):
-            found[top] = found[top] | {what: replace(found[top][what], best=True)}
+        for k, n in _marked({k: f[what] for k, f in found.items()}, lambda a, b: versus(cells[a], cells[b], what)).items(): found[k] = found[k] | {what: n}
     return found
 
 # %% ../nbs/14_tables.ipynb #f4c2e000
@@ -366,21 +369,24 @@ _READ = 'Mean ± standard deviation over seeds [95 % interval over images]; H is
 _TEST = 'paired, over the test images or over the seeds (t-test), whichever is less sure, and not corrected for the number of tests'
 _TITLES = dict(ipo='IPO', random='random control', default='default prompt', template='plain template')
 
-def _lacking(runs): # the same for runs
+def _lacking(have): # pairs of a name and its seeds; sentences about those that others have
+    every, lacking = set().union(*(seeds for _, seeds in have)), {}
+    for name, seeds in have:
+        if every - seeds: lacking.setdefault(tuple(sorted(every - seeds)), []).append(name)
+    return [f"Seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))} missing: {'; '.join(who)}." for s, who in lacking.items()]
+
+def missing_seeds_of(runs:list # of `Record`
+                    ) -> list: # sentences
+    "Which datasets lack which seeds."
     have = {}
     for r in runs: have.setdefault(r.result['dataset'], set()).add(r.result['settings'].get('seed'))
-    every = set().union(*have.values())
-    return [f"Seed{'s' if len(every - s) > 1 else ''} {', '.join(map(str, sorted(every - s)))} missing: {d}." for d, s in have.items() if every - s]
+    return _lacking(have.items())
 
 def missing_seeds(cells:dict # key (a tuple of words) -> `Cell`
                  ) -> list: # sentences
     "Which cells lack which seeds, dataset by dataset."
-    have = {(*k, d): {a['settings'].get('seed') for a in c.answers if a['dataset'] == d} for k, c in cells.items() for d in c.bits}
-    every = set().union(*have.values()) if have else set()
-    lacking = {}
-    for k, seeds in have.items():
-        if every - seeds: lacking.setdefault(tuple(sorted(every - seeds)), []).append(', '.join(dict.fromkeys(_TITLES.get(x, str(x)) for x in k)))
-    return [f"Seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))} missing: {'; '.join(who)}." for s, who in lacking.items()]
+    name = lambda k: ', '.join(dict.fromkeys(_TITLES.get(x, str(x)) for x in k))
+    return _lacking([(name((*k, d)), {a['settings'].get('seed') for a in c.answers if a['dataset'] == d}) for k, c in cells.items() for d in c.bits])
 
 # %% ../nbs/14_tables.ipynb #a76bd942
 FLAWS = {
@@ -574,16 +580,15 @@ def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
     runs, notes = family(runs, (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix)
     rows = [row for r in sorted(runs, key=lambda r: (r.result['dataset'], r.result['settings']['seed'])) for row in _prompt_rows(r)]
     odd = {r['prompt']: why for r in rows if r['by'] == 'IPO' and (why := unreadable(r['prompt']))}; n = len({r['prompt'] for r in rows if r['by'] == 'IPO'})
-    if rows: notes = [f"{len(odd)} of the {n} prompts that IPO chose are hard to read" + (f" ({'; '.join(odd.values())})" if odd else '') + '; that the others can be read does not say that they describe the images.', *_lacking(runs), *notes]
+    if rows: notes = [f"{len(odd)} of the {n} prompts that IPO chose are hard to read" + (f" ({'; '.join(odd.values())})" if odd else '') + '; that the others can be read does not say that they describe the images.', *missing_seeds_of(runs), *notes]
     theirs = [p for p in sbs.paper_file('prompts') if int(p['shots']) == shots and p['dataset'] in {r['dataset'] for r in rows}]
     rows += [dict.fromkeys(rows[0], None) | dict(dataset=p['dataset'], shots=shots, by='the paper', prompt=p['prompt']) for p in theirs]
     return Sheet(f'prompts_{shots}shot', f'The prompts that were found, {shots}-shot{_setting_title(runs)}', rows, notes=tuple(notes), command=command)
 
 # %% ../nbs/14_tables.ipynb #638133d4
-def _target(found): # rows of one target and method, one a seed -> `Num`
-    accs, cis = [r['accuracy'] for r in found], np.mean([r['interval'] for r in found], axis=0)
-    fixed = len(set(accs)) == 1
-    return Num(float(np.mean(accs)), None if fixed else float(np.std(accs, ddof=1)), *map(float, cis))
+def _over_seeds_num(values, intervals): # `Num` of numbers that have no answers to single images; the interval is the mean of theirs
+    low, high = np.mean(intervals, axis=0)
+    return Num(float(np.mean(values)), float(np.std(values, ddof=1)) if len(set(values)) > 1 else None, float(low), float(high))
 
 def _mean_of(nums, accs): # average over targets; accs: targets x seeds
     half = np.sqrt(sum(((n.high-n.low)/2)**2 for n in nums))/len(nums); m = float(np.mean([n.mean for n in nums]))
@@ -605,11 +610,6 @@ def _told_on(mine, targets, a, b): # p over the images of targets, on the seeds 
         if seeds: pairs.append(tuple(np.stack([z[s] for s in seeds]) for z in (x, y)))
     return _told(pairs) if pairs else None
 
-def _best_on(mine, targets, nums): # method -> its `Num`, the best one marked
-    top = max(nums, key=lambda m: nums[m].mean)
-    ps = [_told_on(mine, targets, top, m) for m in nums if m != top]
-    return nums | ({top: replace(nums[top], best=True)} if ps and all(p is not None and p < .05 for p in ps) else {})
-
 def _transfer_verdict(rows): # a sentence for each source
     for source in dict.fromkeys(r['source'] for r in rows):
         by = {r['method']: r for r in rows if r['source'] == source and '(paper)' not in r['method']}; ipo = by.pop('IPO', None)
@@ -620,8 +620,9 @@ def _transfer_verdict(rows): # a sentence for each source
 def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a row of its transfer
     targets, methods = (list(dict.fromkeys(t[k] for _, t in mine)) for k in ('dataset', 'method'))
     whole = [d for d in targets if all(any((t['dataset'], t['method']) == (d, m) for _, t in mine) for m in methods)] # a method may be too long for the names of a target
-    at = {d: _best_on(mine, [d], {m: _target([t for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for m in methods}) for d in whole}
-    average = _best_on(mine, whole, {m: _mean_of([at[d][m] for d in whole], [t['accuracy'] for d in whole for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for m in methods}) if whole else {}
+    best = lambda nums, where: _marked(nums, lambda a, b: _told_on(mine, where, a, b))
+    at = {d: best({m: _over_seeds_num(*zip(*[(t['accuracy'], t['interval']) for _, t in mine if (t['dataset'], t['method']) == (d, m)])) for m in methods}, [d]) for d in whole}
+    average = best({m: _mean_of([at[d][m] for d in whole], [t['accuracy'] for d in whole for _, t in mine if (t['dataset'], t['method']) == (d, m)]) for m in methods}, whole) if whole else {}
     seeds = len({r.result['settings']['seed'] for r, _ in mine})
     return [dict(source=source, method='plain template' if m.startswith('hand') else m, **{d: at[d][m] for d in whole}, average=average[m], seeds=seeds,
                  p=None if m == 'IPO' else _told_on(mine, whole, 'IPO', m)) for m in average]
@@ -635,7 +636,7 @@ def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted v
         mine = [(r, t) for r in runs if r.result['dataset'] == source for t in r.result['transfer'] if not t['skipped'] and t['dataset'].startswith(source) == shifted]
         rows = _transfer_rows(source, mine); out += rows
         if rows and not shifted and source == 'imagenet' and all(comparable(Cell(tuple(answers(r)))) for r in runs): out += _paper_9([c for c in rows[0] if c in ELEVEN])
-    notes = [*_transfer_verdict(out), f'All classes of each target, where the plain template is its own; mean ± standard deviation over seeds [mean of their 95 % intervals]; p: IPO against this method, {_TEST}; bold: better than every other method, p < 0.05.', *_lacking(runs), *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
+    notes = [*_transfer_verdict(out), f'All classes of each target, where the plain template is its own; mean ± standard deviation over seeds [mean of their 95 % intervals]; p: IPO against this method, {_TEST}; bold: better than every other method, p < 0.05.', *missing_seeds_of(runs), *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
     every = list(dict.fromkeys(k for r in out for k in r)); out = [{k: r.get(k) for k in every} for r in out]
     return Sheet('shifts' if shifted else 'transfer', ('Shifted versions of the source' if shifted else 'The prompts on other datasets') + _setting_title(runs), out, notes=tuple(notes), command=command)
 
@@ -711,10 +712,6 @@ def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
 # %% ../nbs/14_tables.ipynb #5e9e0002
 _SEG = dict(zip(('pAcc', 'mIoU_seen', 'mIoU_unseen', 'hIoU'), ('pAcc', 'mIoU seen', 'mIoU unseen', 'hIoU')))
 
-def _seg_num(rows, k): # one metric of the prompts of one method
-    values, cis = [r['metrics'][k] for r in rows], np.mean([r['intervals'][k] for r in rows], axis=0)
-    return Num(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, *map(float, cis))
-
 def _seg_verdict(scenes, rows): # one sentence, about the path that the plain prompt does best with
     path = max((r for r in rows if r['name'] == 'default prompt'), key=lambda r: r['metrics']['hIoU'])['path']
     told = lambda m: [np.sign(lo)*(np.sign(lo) == np.sign(hi)) for r in rows if r['path'] == path and _method(r) == m for lo, hi in [r['against_first']['hIoU']['interval']]]
@@ -729,6 +726,7 @@ def segmentation_files(folders # as of `read_records`
     found = sorted({f for p in _places(folders) for f in p.rglob('*.json') if f.stem not in ('config', 'result', 'manifest', 'descriptions', 'peers', 'learning')})
     return [f for f in found if '"against_first"' in f.read_text(encoding='utf-8')]
 
+# %% ../nbs/14_tables.ipynb #5e9e0004
 def segmentation_sheet(folders, # as of `read_records`
                        command:str='python -m ipo_nb.segmentation') -> Sheet: # a row for each set of scenes, path and method
     "Zero-shot segmentation with plain and optimized prompts (the paper's table 13)."
@@ -736,7 +734,7 @@ def segmentation_sheet(folders, # as of `read_records`
     rows, out, blank = [r for rec in records for r in rec['rows']], [], dict.fromkeys(('scenes', 'path', 'prompt of', *_SEG.values(), 'prompts'))
     for at in dict.fromkeys((r['scenes'], r['path'], _method(r)) for r in rows if not r['name'].startswith('given')):
         mine = [r for r in rows if (r['scenes'], r['path'], _method(r)) == at]
-        out.append(dict(zip(blank, (*at, *(_seg_num(mine, k) for k in _SEG), len(mine)))))
+        out.append(dict(zip(blank, (*at, *(_over_seeds_num([r['metrics'][k] for r in mine], [r['intervals'][k] for r in mine]) for k in _SEG), len(mine)))))
     notes = [_seg_verdict(s, [r for r in rows if r['scenes'] == s]) for s in dict.fromkeys(r['scenes'] for r in rows)]
     theirs = [blank | {'scenes': 'photographs', 'path': 'trained on masks', 'prompt of': f"{r['method']} (paper)"} | {v: Num(float(r[k])) for k, v in _SEG.items()} for r in sbs.paper_file('segmentation')]
     notes += [n for rec in records if (n := rec['note'])] + ["The paper's segmenters are trained on masks of the seen classes: no comparison. Mean ± standard deviation over the prompts of several seeds [95 % interval over images]."]
@@ -791,7 +789,7 @@ def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
         out.append({'dataset': d, 'seeds': len(found), 'prompts': sum(col('n')), 'ρ of few-shot accuracy and H': _spread(col('accuracy')), 'ρ of few-shot loss and H': _spread(col('loss')), 'H chosen': _spread(col('chosen')),
                     'median H': _spread(col('median')), 'best H': _spread(col('best')), 'regret': _spread([f['best'] - f['chosen'] for f in found]), 'H of random control': _spread(col('control')), 'H of plain template': _spread(col('plain'))})
     said = f"Over {len(means)} runs Spearman's rank correlation of few-shot accuracy and H is {_spread(means)}; the chosen prompt is better than the median of all scored ones in {sum(f['chosen'] > f['median'] for f in all_)} of {len(all_)} runs." if means else ''
-    notes = [said, 'Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its control; a good loss is a low one. The best H was found by looking at the test images, and no method could have chosen it.', *_lacking(runs), *notes] if out else []
+    notes = [said, 'Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its control; a good loss is a low one. The best H was found by looking at the test images, and no method could have chosen it.', *missing_seeds_of(runs), *notes] if out else []
     return Sheet(f'predict_{shots}shot', f'Few-shot score against test accuracy, {shots}-shot{_setting_title(runs)}', out, notes=tuple(filter(None, notes)), command=command)
 
 # %% ../nbs/14_tables.ipynb #2572a817
@@ -911,6 +909,7 @@ def _command_problem(command, nbs): # why a command cannot be, or ''
     if words[0] == 'ipo_sweep' and not (nbs/'sweeps'/f'{words[1]}.yaml').exists(): return f'there is no nbs/sweeps/{words[1]}.yaml'
     return ''
 
+# %% ../nbs/14_tables.ipynb #5e9e0005
 _PAPER = {f'table {i}' for i in range(1, 30)} | {f'figure {i}' for i in range(2, 10)}
 
 def _named(rows): # the tables and figures that rows are about
@@ -956,6 +955,7 @@ def checked(namespace:dict, known:tuple # `globals()` after the parameters cell;
     for n in names.keys() - set(known): raise IpoError(f"unknown parameter '{n}'{nearest(n, known)}: there are {', '.join(known)}.")
     return names
 
+# %% ../nbs/14_tables.ipynb #5e9e0006
 @dataclass(frozen=True)
 class Refused:
     "What stands in the place of a table that cannot be made."
