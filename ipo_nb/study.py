@@ -19,8 +19,10 @@ from PIL import Image
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .core import *
-from . import captioning, data, evaluation, llm, meta_prompt, optimizer, report, scorer
-from .peers import side_by_side
+from . import captioning, data, evaluation, llm, meta_prompt, optimizer, scorer
+from .evidence import records, report
+from .paper import methods
+from .peers import registry
 from .peers.base import Task
 
 # %% ../nbs/11_study.ipynb #07085ed6
@@ -143,8 +145,8 @@ def find_study(params:dict # `globals()` of the notebook, or a dict of parameter
     optimizer.stop_rules(config) # refuses a limit of cost without a price
     scorer.check_spec(config.clip)
     study = Study(config, data.load_dataset(config.dataset, config.data_root, config.split, verbose=False), notes)
-    study.targets(), study.held(), side_by_side.parse_peers(config.peers) # what cannot be is refused now and not after the search
-    if study.finished: study.compare_images(report.load_record(study.folder))
+    study.targets(), study.held(), registry.parse_peers(config.peers) # what cannot be is refused now and not after the search
+    if study.finished: study.compare_images(records.load_record(study.folder))
     return study
 
 def open_study(params:dict # `globals()` of the notebook, or a dict of parameters
@@ -245,7 +247,7 @@ def timed(self:Study, stage, start): self.seconds[stage] = round(time.perf_count
 @patch
 def describe(self:Study) -> list: # dicts: key, name, text
     "Describe each few-shot image, or read what was written before."
-    if self.finished: return report.load_record(self.folder).result['descriptions']
+    if self.finished: return records.load_record(self.folder).result['descriptions']
     path, start = self.folder/'descriptions.json', time.perf_counter()
     if not path.exists():
         c, names = self.config, {i.image.key: i.name for i in self.few_shot}
@@ -263,7 +265,7 @@ def _few(self:Study): return [dict(key=i.image.key, name=i.name) for i in self.f
 def gallery(self:Study): # a figure
     "The few-shot images with their descriptions."
     known = dict(dataset=self.config.dataset, few_shot=self._few(), descriptions=self.describe(), settings=self.config.model_dump())
-    return report.gallery(report.Record(self.folder, known, {}, [], [], {}), self.images())
+    return report.gallery(records.Record(self.folder, known, {}, [], [], {}), self.images())
 
 # %% ../nbs/11_study.ipynb #7a387bb2
 @patch
@@ -342,7 +344,7 @@ def compared(self:Study) -> dict: # method -> prompt
 def evaluate(self:Study) -> dict: # methods, paired tests, word importance
     "Score the compared prompts on the test images."
     start, base, novel = time.perf_counter(), self.half('base'), self.half('novel')
-    methods = evaluation.evaluate(self.clip, self.compared(), base, novel, seed=self.config.seed)
+    methods = evaluation.evaluate(self.clip, self.compared(), base, novel)
     out = dict(methods=[m.to_dict() for m in methods], paired=evaluation.compare_all(methods),
                word_importance=evaluation.word_importance(self.clip, self.choose(self.searched).prompt, base, novel), transfer=self.transferred(), **self.tried(base, novel))
     self.timed('evaluate', start)
@@ -376,7 +378,7 @@ def target(self:Study, name:str): # a `Half` with all classes of a dataset, or w
 def transferred(self:Study) -> list: # rows of `evaluation.transfer`
     "The search's prompts on other datasets, one in memory at a time."
     prompts = {m: p for m, p in self.compared().items() if m != 'hand-written template'}
-    return evaluation.transfer(self.clip, prompts, ((n, self.target(n)) for n in self.targets()), seed=self.config.seed)
+    return evaluation.transfer(self.clip, prompts, ((n, self.target(n)) for n in self.targets()))
 
 # %% ../nbs/11_study.ipynb #debd283d
 @patch
@@ -400,7 +402,7 @@ def cost(self:Study) -> dict: # role -> calls, tokens_in, tokens_out, cost; leak
 def result(self:Study) -> dict: # result.json, format 1
     "Evaluate and put together what the study found."
     evaluated, counts = self.evaluate()
-    out = dict(format=report.FORMAT, dataset=self.config.dataset, settings=dict(self.settings(), dataset=self.config.dataset), cost=self.cost(), data=self.facts(counts),
+    out = dict(format=records.FORMAT, dataset=self.config.dataset, settings=dict(self.settings(), dataset=self.config.dataset), cost=self.cost(), data=self.facts(counts),
                descriptions=self.describe(), few_shot=self._few(),
                chosen=asdict(self.choose(self.searched)), control_chosen=asdict(self.choose(self.controlled)) if self.controlled else None, **evaluated,
                search=self.searched.summary(self.why), control=self.controlled.summary(self.control_why) if self.controlled else None,
@@ -436,14 +438,14 @@ def manifest(self:Study) -> dict: # manifest.json
 
 # %% ../nbs/11_study.ipynb #873c49aa
 @patch
-def finish(self:Study) -> report.Record: # the finished record
+def finish(self:Study) -> records.Record: # the finished record
     "Evaluate, write the record with its figures and tables, and free the folder."
     if not self.finished:
         result = self.result()
         write_json(self.folder/'manifest.json', self.manifest())
         write_json(self.folder/'result.json', result) # from here on the study is finished
         self.lock.release()
-    record = report.load_record(self.folder)
+    record = records.load_record(self.folder)
     if not (self.folder/'report.html').exists(): report.write_report(record, self.images())
     return record
 
@@ -454,10 +456,10 @@ def images(self:Study) -> list: # PIL images
 
 # %% ../nbs/11_study.ipynb #9ee25001
 @patch
-def task(self:Study, record:report.Record) -> Task: # of this study, after its run
+def task(self:Study, record:records.Record) -> Task: # of this study, after its run
     "What the peers see."
     c, test = self.config, {half: data.subset(self.dataset.test, half, self.dataset) for half in ('base', 'novel')}
-    return Task(self.clip, *self.halves, self.few_shot, test, self.dataset.card.template, c.shots, c.seed, llm=self.llm, scored=report.scored(record.history))
+    return Task(self.clip, *self.halves, self.few_shot, test, self.dataset.card.template, c.shots, c.seed, llm=self.llm, scored=records.scored(record.history))
 
 @patch
 def sentences(self:Study, model # an optimizer LLM
@@ -471,7 +473,7 @@ def sentences(self:Study, model # an optimizer LLM
 
 @patch
 def variant(self:Study, **changes # fields of `RunConfig`
-           ) -> report.Record: # a finished run
+           ) -> records.Record: # a finished run
     "The same search with other settings, as a run of its own; without control and transfer."
     other = Study(self.config.model_copy(update=dict(control=False, every_prompt=False, transfer=None, peers=None) | changes), self.dataset, self.notes)
     if not other.finished: other.claim(); other.describe(); other.search(); other.run_control()
@@ -484,24 +486,24 @@ def _spent(record):
     return {k: sum(x.get(k, 0) for x in c) for k in ('calls', 'tokens_in', 'tokens_out')} | dict(images=len(record.result['few_shot']), seconds=s.get('search', 0) + s.get('describe', 0))
 
 @patch
-def run_peers(self:Study, record:report.Record) -> list: # records, as `side_by_side.load_records`; [] without peers
+def run_peers(self:Study, record:records.Record) -> list: # records, as `records.load_records`; [] without peers
     "Run or read each peer, this run first. One that cannot be run is told with its reason and left out."
     if not self.config.peers: return []
-    task, out, r, left_out = self.task(record), side_by_side.search_records(record), record.result['data'], {}
+    task, out, r, left_out = self.task(record), records.search_records(record), record.result['data'], {}
     facts, spent = {k: r[k] for k in ('split_sha', 'split_source')}, _spent(record)
     facts['search'] = {k: record.result['settings'][k] for k in ('llm', 'captioner', 'steps', 'candidates')}
-    for name in progress(side_by_side.parse_peers(self.config.peers, task), 'peers', unit='method'):
+    for name in progress(registry.parse_peers(self.config.peers, task), 'peers', unit='method'):
         try:
-            if name in side_by_side.SEARCHES: out += side_by_side.search_records(self.variant(**side_by_side.SEARCHES[name]))
-            else: out.append(side_by_side.run_peer(name, replace(task, llm=self.sentences(task.llm)), self.config.out_dir, self.config.dataset, facts, spent))
+            if name in records.SEARCHES: out += records.search_records(self.variant(**records.SEARCHES[name]))
+            else: out.append(registry.run_peer(name, replace(task, llm=self.sentences(task.llm)), self.config.out_dir, self.config.dataset, facts, spent))
         except IpoError as e: left_out[name] = str(e); print(f'peer {name} is left out: {e}')
     write_json(self.folder/'peers.json', dict(asked=self.config.peers, left_out=left_out))
-    out = side_by_side.with_seeds(out, self.config.out_dir)
-    side_by_side.write_side_by_side(out, self.folder/'peers')
+    out = methods.with_seeds(out, self.config.out_dir)
+    methods.write_side_by_side(out, self.folder/'peers')
     return out
 
 # %% ../nbs/11_study.ipynb #5e52ed33
-def closing(record:report.Record # a finished run
+def closing(record:records.Record # a finished run
            ) -> str: # lines for the terminal
     "The three most interesting numbers and the places of figures, tables and record."
     where = dict(report='report.html', figures='figures', tables='tables', record='result.json')

@@ -19,7 +19,8 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .core import *
-from . import data, optimizer, report, study
+from . import data, optimizer, study
+from .evidence import records
 
 # %% ../nbs/12_sweep.ipynb #5c044f28
 Axis = Annotated[list, Field(min_length=1)]
@@ -574,7 +575,7 @@ def _sweep(args):
         run_on_ray(runs, args.ray, args.threads or 1) if args.ray else run_local(runs, args.workers, args.threads)
         print('\n' + results_text(runs))
     for r in runs:
-        if args.pack and not args.plan and r.state in ('finished', 'done'): report.pack(r.folder)
+        if args.pack and not args.plan and r.state in ('finished', 'done'): records.pack(r.folder)
     return not any(r.state == 'failed' and not (args.plan and r.ahead) for r in runs)
 
 def main(argv=None) -> int: # 0: all runs are finished, or planned; 1: one failed, or a mistake that the sentence names; 130: interrupted

@@ -2,13 +2,13 @@
 import csv, io, json
 from dataclasses import replace
 import pytest
-import ipo_nb.certify as C
-from ipo_nb.certify import (KINDS, Claim, certified_datasets, certify, checks, claims, explain, gaps, judge, load_certificate, made_up, main, make_certificate, mended, stand_in,
+import ipo_nb.paper.certify as C
+from ipo_nb.paper.certify import (KINDS, Claim, certified_datasets, certify, checks, claims, explain, gaps, judge, load_certificate, made_up, main, make_certificate, mended, stand_in,
                             unmet, verdict)
 from ipo_nb.core import IpoError, cards_dir, project_dir
 from ipo_nb.evaluation import Half
 from ipo_nb.peers.base import tiny_clip
-from ipo_nb.peers.side_by_side import paper_file
+from ipo_nb.paper.printed import paper_file
 
 @pytest.fixture(scope='module')
 def clip(): return replace(tiny_clip(), spec='ViT-B-16/openai') # the paper's name, and weights that are not read
@@ -196,7 +196,7 @@ def test_a_dataset_that_cannot_be_used_leaves_the_others(monkeypatch, clip, tmp_
     assert 'DATA_ROOT/eurosat/2750/x.jpg' in cert.record['datasets'][1]['why'] and str(tmp_path) not in json.dumps(cert.record)
 
 def test_the_console_script_is_declared():
-    assert 'ipo_certify=ipo_nb.certify:main' in (project_dir()/'settings.ini').read_text()
+    assert 'ipo_certify=ipo_nb.paper.certify:main' in (project_dir()/'settings.ini').read_text()
 
 # ---- the record
 

@@ -3,6 +3,7 @@ import numpy as np, pytest
 from scipy import stats
 from ipo_nb.core import IpoError, PLACEHOLDER, DEFAULT_PROMPT
 from ipo_nb.evaluation import *
+from ipo_nb.stats import *
 
 PRINTED = [ # prompts that the paper prints (tables 3 and 17)
     "TLet's address problem, a photo of a <CLASS>.",

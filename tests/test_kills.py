@@ -3,7 +3,8 @@ import json, os, random, resource, signal, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 import pytest, torch
-from ipo_nb import core, llm as L, optimizer as O, report, study
+from ipo_nb import core, llm as L, optimizer as O, study
+from ipo_nb.evidence import records, report
 from ipo_nb.core import IpoError, Score, append_jsonl, read_jsonl, sha
 
 STEPS = 12

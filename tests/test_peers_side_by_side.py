@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from ipo_nb.core import IpoError, Scored
 from ipo_nb.data import load_dataset
-from ipo_nb.evaluation import harmonic_mean
+from ipo_nb.stats import harmonic_mean
 from ipo_nb.llm import load_llm
-from ipo_nb.peers import side_by_side as S
+from ipo_nb.peers import registry as S
 from ipo_nb.peers.base import make_task, tiny_clip
-from ipo_nb.peers.side_by_side import *
+from ipo_nb.peers.registry import *
+from ipo_nb.evidence.records import *
+from ipo_nb.paper.methods import *
+from ipo_nb.paper.printed import *
 
 # ---- the paper's figures
 

@@ -4,7 +4,9 @@ import pytest
 from PIL import Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from ipo_nb.core import IpoError
-from ipo_nb.report import *
+from ipo_nb.evidence.records import *
+from ipo_nb.evidence.report import *
+from ipo_nb.evidence.show import *
 
 NASTY = 'a $x_1$ photo_of <script>alert(1)</script> | `$5` [l](javascript:x) “façade” \\frac <CLASS>, 100% & **b**'
 

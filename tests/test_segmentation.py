@@ -4,11 +4,11 @@ from dataclasses import asdict
 import numpy as np, open_clip, pytest, torch, torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from PIL import Image
-import ipo_nb.segmentation as seg
+import ipo_nb.paper.segmentation as seg
 from ipo_nb.core import DEFAULT_PROMPT, IpoError, cards_dir
 from ipo_nb.miniworld import GENERATOR, TEXTURES
 from ipo_nb.scorer import Clip, load_clip
-from ipo_nb.segmentation import (IGNORE, METRICS, PATHS, MiniScenes, Segmented, VocScenes, class_logits, dense_features, image_tower, paper_rows, seg_compare,
+from ipo_nb.paper.segmentation import (IGNORE, METRICS, PATHS, MiniScenes, Segmented, VocScenes, class_logits, dense_features, image_tower, paper_rows, seg_compare,
                                  seg_intervals, seg_metrics, segment, segment_all)
 
 def tiny(custom=False, precision='fp32', **vision):
@@ -209,7 +209,7 @@ def test_paper_rows(tmp_path):
     with pytest.raises(IpoError, match='is not table 13'): paper_rows(file)
 
 def test_prompts_of_runs_with_methods_that_have_none(tmp_path):
-    from ipo_nb.report import made_up_record
+    from ipo_nb.evidence.records import made_up_record
     folders = [tmp_path/'aaaaaaaa', tmp_path/'bbbbbbbb']
     for f in folders: made_up_record(f)
     result = json.loads((folders[0]/'result.json').read_text()); result['settings']['seed'] = 7

@@ -2,7 +2,8 @@
 import errno, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
-from ipo_nb import core, report, study
+from ipo_nb import core, study
+from ipo_nb.evidence import records, report
 from ipo_nb.core import IpoError
 
 root = Path(__file__).resolve().parent.parent
@@ -195,7 +196,7 @@ def test_real_photographs(tmp_path, real):
         dataset='eurosat', data_root=real/'data', clip=f"local-dir:{real/'clip_small'}", steps=5, llm='random', out_dir=tmp_path/'runs')))
     assert done.returncode == 0, done.stderr[-2000:]
     folder, = (tmp_path/'runs'/'eurosat').iterdir()
-    result = report.load_record(folder).result
+    result = records.load_record(folder).result
     assert result['data']['counts'] == dict(train=400, val=200, test=1200, few_shot=5, base_test=600, novel_test=600)
     assert result['data']['split_source'] == 'subset'
     assert result['methods'][0]['h'] > 40 # five classes a half: chance is 20

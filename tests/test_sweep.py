@@ -3,7 +3,8 @@ import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import psutil, pytest
-from ipo_nb import report, study, sweep
+from ipo_nb import study, sweep
+from ipo_nb.evidence import records, report
 from ipo_nb.core import IpoError, append_jsonl, write_json, write_text
 
 quick = dict(llm='random', steps=3, candidates=3, captioner='none')
@@ -161,14 +162,14 @@ def test_interrupted_killed_without_memory_and_in_the_end_whole(tmp_path, sweeps
     assert process.returncode == 0 and '1 done' in out
     whole = study.open_study(run.params | dict(out_dir=str(tmp_path/'whole')))
     whole.describe(); whole.search(); whole.run_control(); whole.finish()
-    assert (run.folder/'result.json').read_bytes() == (whole.folder/'result.json').read_bytes() and report.load_record(run.folder)
+    assert (run.folder/'result.json').read_bytes() == (whole.folder/'result.json').read_bytes() and records.load_record(run.folder)
 
     begin = time.monotonic()
     assert sweep.main([str(path)]) == 0 and time.monotonic() - begin < 30 # skipped, without a kernel
 
-    loose = report.load_record(run.folder); assert (run.folder/'report.html').exists()
+    loose = records.load_record(run.folder); assert (run.folder/'report.html').exists()
     assert sweep.main([str(path), '--pack']) == 0 and not [f for f in run.folder.iterdir() if f.suffix in ('.jsonl', '.html')]
-    tight = report.load_record(run.folder)
+    tight = records.load_record(run.folder)
     assert (tight.result, tight.history, tight.control) == (loose.result, loose.history, loose.control)
     assert study.main([x for k, v in run.params.items() for x in ('-p', k, str(v))]) == 0 and (run.folder/'report.html').exists() # drawn again
 

@@ -6,8 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ipo_nb.core import IpoError, project_dir
-from ipo_nb.evaluation import make_evaluation, pack_bits
-from ipo_nb.tables import *
+from ipo_nb.evaluation import make_evaluation
+from ipo_nb.stats import *
+from ipo_nb.evidence.compare import *
+from ipo_nb.evidence.records import *
+from ipo_nb.evidence.show import *
+from ipo_nb.paper.map import *
+from ipo_nb.paper.printed import *
+from ipo_nb.paper.tables import *
 
 nbs = Path(__file__).resolve().parent.parent/'nbs'
 NASTY = 'a $x_1$ photo_of <script> | `$5` “façade” \\frac{1}{2} ~^ 50% & #1 <CLASS>'
@@ -39,7 +45,7 @@ def test_map_has_every_table_and_figure():
     assert tables == set(range(1, 30))
 
 def test_map_page_is_up_to_date():
-    assert (nbs/'paper_map.md').read_text(encoding='utf-8') == map_page(load_map()[0], record_facts()), 'run: python -m ipo_nb.tables'
+    assert (nbs/'paper_map.md').read_text(encoding='utf-8') == map_page(load_map()[0], record_facts()), 'run: python -m ipo_nb.paper.map'
 
 def test_map_claims_no_record_that_is_not_there():
     records = record_facts()
@@ -65,7 +71,7 @@ def test_a_changed_number_of_the_paper(tmp_path):
 # ---- what is refused
 
 def test_reads_no_model():
-    done = subprocess.run([sys.executable, '-c', "import sys, ipo_nb.tables; print('torch' in sys.modules)"], capture_output=True, text=True, cwd=nbs.parent)
+    done = subprocess.run([sys.executable, '-c', "import sys, ipo_nb.paper.tables; print('torch' in sys.modules)"], capture_output=True, text=True, cwd=nbs.parent)
     assert done.stdout.strip() == 'False', done.stderr
 
 @pytest.mark.parametrize('text', ['{', '[]', 'null', '{"methods": []}', '{"format": 7}'])

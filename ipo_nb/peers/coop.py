@@ -10,7 +10,7 @@ from html import escape
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..core import *
-from ..evaluation import accuracy, harmonic_mean
+from ..stats import accuracy, harmonic_mean
 from .base import *
 
 # %% ../../nbs/peers/01_coop.ipynb #59cb6e58
