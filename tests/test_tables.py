@@ -215,7 +215,7 @@ def test_peers_with_another_clip_stay_out(home):
 # ---- files
 
 def test_latex_of_awkward_text():
-    s = Sheet('t', NASTY, [dict(prompt=NASTY, H=Num(1., .5, 0., 2., True), p=.0123, none=None)], notes=(NASTY,)); text = s.latex()
+    s = Table('t', NASTY, [dict(prompt=NASTY, H=Num(1., .5, 0., 2., True), p=.0123, none=None)], notes=(NASTY,)); text = s.latex()
     row = next(l for l in text.splitlines() if l.endswith(r'\\') and '0.012' in l)
     assert len(re.findall(r'(?<!\\)&', row)) == 3 and not re.search(r'(?<!\\)[%#]', text)
     bare = re.sub(r'\\[{}$]', '', text); assert bare.count('{') == bare.count('}') and bare.count('$') % 2 == 0

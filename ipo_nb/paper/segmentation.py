@@ -494,7 +494,7 @@ def _prompts(name, runs, given): # of a set of scenes: the plain one, the card's
 _usual = dict(scenes='mini_textures', clip='mini', path='all', runs='recorded') # what a command need not say
 
 def _command(given): # that makes a record, from the arguments of `main`
-    return shlex.join(['python', '-m', 'ipo_nb.segmentation', *(str(x) for k, v in given.items() if v and v != _usual.get(k) for x in (f'--{k}', v))])
+    return shlex.join(['python', '-m', 'ipo_nb.paper.segmentation', *(str(x) for k, v in given.items() if v and v != _usual.get(k) for x in (f'--{k}', v))])
 
 def _few_colours(png): # the same picture in half the bytes
     out = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(128).save(out, 'PNG', optimize=True)

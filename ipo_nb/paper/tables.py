@@ -73,7 +73,7 @@ def base_to_novel(shelf:Shelf,
                   where:dict=None,   # more that the runs must have
                   mix:bool=False,    # let different settings stand side by side
                   command:str='ipo_sweep peers' # that makes the records
-                 ) -> Sheet: # a row for each dataset and method
+                 ) -> Table: # a row for each dataset and method
     "Every method side by side (the paper's tables 6, 7 and 8)."
     rows, runs, notes = _method_rows(shelf, dict(shots=shots) | (where or {}), mix)
     odd = lambda a: differences([settings_of(a['run']), settings_of(runs[0])]) if mix and 'run' in a and a['method'] in ('ipo', 'random') else ''
@@ -86,7 +86,7 @@ def base_to_novel(shelf:Shelf,
             out.append(dict(dataset=name, method=_title(c) + (f' ({rest})' if (rest := m[len(c.answers[0]['method']):]) else ''), base=n['base'], novel=n['novel'], H=n['h'], seeds=len(c.seeds), p=None if m == 'ipo' or 'ipo' not in block else versus(block['ipo'], c)))
     out = [r | p for r, p in zip(out, paper_columns(found))]
     notes = [_verdict(cells), READING, f'p: IPO against this method, {TESTED}; bold: better than every other method of its block, p < 0.05.', *notes, *missing_seeds({(d, _title(c)): c for (d, _), c in cells.items()}), *FLAWS.get(table, ())] if out else []
-    return Sheet(f'base_to_novel_{shots}shot', f"From base to novel classes, {shots} shot{'s' if shots > 1 else ''}{_setting_title(runs)}", out, notes=tuple(notes), command=command)
+    return Table(f'base_to_novel_{shots}shot', f"From base to novel classes, {shots} shot{'s' if shots > 1 else ''}{_setting_title(runs)}", out, notes=tuple(notes), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #a93e6255
 def _axis_runs(runs, axes, where, mix): # the grid, without datasets that it hardly touches
@@ -123,7 +123,7 @@ def axis_table(runs:list,     # of `Record`
                command:str='',# that makes the records
                paper=None,    # (table, values as text -> the paper's value)
                say:dict=None  # axis -> what its column is called
-              ) -> Sheet: # a row for each dataset and value
+              ) -> Table: # a row for each dataset and value
     "Accuracy against one setting or several, with control and plain template in each row."
     runs, notes = _axis_runs(runs, axes, where, mix); check_alike(runs, mix)
     named = lambda v: ', '.join(f'{(say or {}).get(a, a)} {x}' for a, x in zip([*axes, 'and'], v))
@@ -137,7 +137,7 @@ def axis_table(runs:list,     # of `Record`
             out.append(_axis_row(dict(dataset=d) | dict(zip([*((say or {}).get(a, a) for a in axes), 'also differs'], v)), mine[v], numbers[v], block.get(('random', v)), block.get(('template', v))))
     out = [r | p for r, p in zip(out, paper_columns(found))]
     notes = [*filter(None, verdicts), READING, f'p: IPO against the random control of the same runs, {TESTED}; bold: better than every other row of the dataset, p < 0.05.', *notes, *missing_seeds({(named(v),): c for (d, m, v), c in cells.items() if m == 'ipo'}), *FLAWS.get((paper or ('',))[0], ())] if out else []
-    return Sheet(name, title + _setting_title(runs), out, notes=tuple(notes), command=command)
+    return Table(name, title + _setting_title(runs), out, notes=tuple(notes), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #17ac2eb6
 def _axis_blocks(cells): # dataset -> (method, values) -> `Cell`, and the average over datasets that have all values
@@ -163,7 +163,7 @@ def _prompt_rows(run): # IPO, its control, the plain template
                        **{'few-shot accuracy': scores.get(name, {}).get('accuracy')}, base=n['base'], novel=n['novel'], H=n['h'])
 
 def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-                  command:str='ipo_sweep peers') -> Sheet: # three rows a run, and the paper's
+                  command:str='ipo_sweep peers') -> Table: # three rows a run, and the paper's
     "What was found (the paper's tables 3 and 17)."
     runs, notes = family(runs, (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix)
     rows = [row for r in sorted(runs, key=lambda r: (r.result['dataset'], r.result['settings']['seed'])) for row in _prompt_rows(r)]
@@ -171,7 +171,7 @@ def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
     if rows: notes = [f"{len(odd)} of the {n} prompts that IPO chose are hard to read" + (f" ({'; '.join(odd.values())})" if odd else '') + '; that the others can be read does not say that they describe the images.', *missing_seeds_of(runs), *notes]
     theirs = [p for p in paper_file('prompts') if int(p['shots']) == shots and p['dataset'] in {r['dataset'] for r in rows}]
     rows += [dict.fromkeys(rows[0], None) | dict(dataset=p['dataset'], shots=shots, by='the paper', prompt=p['prompt']) for p in theirs]
-    return Sheet(f'prompts_{shots}shot', f'The prompts that were found, {shots}-shot{_setting_title(runs)}', rows, notes=tuple(notes), command=command)
+    return Table(f'prompts_{shots}shot', f'The prompts that were found, {shots}-shot{_setting_title(runs)}', rows, notes=tuple(notes), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #638133d4
 def _over_seeds_num(values, intervals): # `Num` of numbers that have no answers to single images; the interval is the mean of theirs
@@ -216,7 +216,7 @@ def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a ro
                  p=None if m == 'IPO' else _told_on(mine, whole, 'IPO', m)) for m in average]
 
 def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted versions of the source
-                   where:dict=None, mix:bool=False, command:str='ipo_sweep transfer') -> Sheet: # a row for each source and method
+                   where:dict=None, mix:bool=False, command:str='ipo_sweep transfer') -> Table: # a row for each source and method
     "The prompts elsewhere (the paper's table 9, and domain generalization)."
     runs, notes = family([r for r in runs if r.result.get('transfer')], (), where, mix); check_alike(runs, mix); out = []
     gone = {f"{t['dataset']} was skipped{' for ' + t['method'] if t['method'] else ''}: {t['skipped']}" for r in runs for t in r.result['transfer'] if t['skipped']}
@@ -226,7 +226,7 @@ def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted v
         if rows and not shifted and source == 'imagenet' and all(comparable(Cell(tuple(answers(r)))) for r in runs): out += _paper_9([c for c in rows[0] if c in ELEVEN])
     notes = [*_transfer_verdict(out), f'All classes of each target, where the plain template is its own; mean ± standard deviation over seeds [mean of their 95 % intervals]; p: IPO against this method, {TESTED}; bold: better than every other method, p < 0.05.', *missing_seeds_of(runs), *notes, *sorted(gone), *(() if shifted else FLAWS['9'])] if out else []
     every = list(dict.fromkeys(k for r in out for k in r)); out = [{k: r.get(k) for k in every} for r in out]
-    return Sheet('shifts' if shifted else 'transfer', ('Shifted versions of the source' if shifted else 'The prompts on other datasets') + _setting_title(runs), out, notes=tuple(notes), command=command)
+    return Table('shifts' if shifted else 'transfer', ('Shifted versions of the source' if shifted else 'The prompts on other datasets') + _setting_title(runs), out, notes=tuple(notes), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #6b7737ec
 def first_runs(runs:list, shots:int=1, where:dict=None, mix:bool=False # as in `family`
@@ -236,16 +236,16 @@ def first_runs(runs:list, shots:int=1, where:dict=None, mix:bool=False # as in `
     return list({r.result['dataset']: r for r in reversed(found)}.values())[::-1]
 
 def descriptions_sheet(runs:list, most:int=6, # of `first_runs`; rows of each dataset
-                       command:str='ipo_sweep peers') -> Sheet: # a row an image
+                       command:str='ipo_sweep peers') -> Table: # a row an image
     "Descriptions of few-shot images (the paper's table 18)."
     rows = [{'dataset': r.result['dataset'], 'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ()))} for r in runs for d in r.result.get('descriptions', [])[:most]]
     who = ', '.join(dict.fromkeys(settings_of(r)['captioner'] for r in runs))
     all_ = [d for r in runs for d in r.result.get('descriptions', [])]; leaks = sum('masked' in d.get('flags', ()) or 'asked again' in d.get('flags', ()) for d in all_)
     note = (f"{leaks} of {len(all_)} descriptions named their class at first and were asked for again or masked.", f"The first {most} of each dataset, by captioner {who}. The class is told to the reader and was not told to the optimizer.",)
-    return Sheet('descriptions', 'What the optimizer was told about the images', rows, (), notes=note if rows else (), command=command)
+    return Table('descriptions', 'What the optimizer was told about the images', rows, (), notes=note if rows else (), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #af85b59a
-def steps_sheet(run:Record) -> Sheet: # step 0, then each step of which the record keeps the message
+def steps_sheet(run:Record) -> Table: # step 0, then each step of which the record keeps the message
     "What the optimizer read at the first, middle and last step, and the best prompt by then (the paper's figures 2 to 8)."
     name, r = f"meta_prompt_{run.result['dataset']}", run.result
     start = run.history[0]['candidates'][0]
@@ -256,11 +256,11 @@ def steps_sheet(run:Record) -> Sheet: # step 0, then each step of which the reco
         form = s.get('sent', 'message'); b = best.get(s['step'], best[max(best)])
         rows.append(dict(step=s['step'], read=s.get(form) if form != 'memory' else '(the memory itself)', answers=said.get(s['step'], ''), **{'best prompt after it': b.prompt, 'accuracy': b.accuracy, 'loss': b.loss}))
     notes = f"Step 0 is the default prompt. Optimizer {r['search']['llm']}; the random control ended with: {(r.get('control_chosen') or {}).get('prompt', 'nothing')}"
-    return Sheet(name, f"{r['dataset']}: what the optimizer read", rows, ('read', 'answers', 'best prompt after it'), notes=(notes,), command='ipo_sweep peers')
+    return Table(name, f"{r['dataset']}: what the optimizer read", rows, ('read', 'answers', 'best prompt after it'), notes=(notes,), command='ipo_sweep peers')
 
 # %% ../../nbs/paper/02_tables.ipynb #d038a446
 def words_sheets(runs:list, # of `first_runs`
-                 ) -> list: # a `Sheet` for each run
+                 ) -> list: # a `Table` for each run
     "Accuracy without each word (the paper's tables 1c and 19 to 29)."
     out = []
     for run in runs:
@@ -271,7 +271,7 @@ def words_sheets(runs:list, # of `first_runs`
         parts = [w for w in parts if w['kind'] != 'whole']; half = (by['IPO']['H'].high - by['IPO']['H'].low)/2
         big = [w['removed'] for w in parts if abs(w['drop']) > half]
         note = f"{len(big)} of {len(parts)} words and parts change H by more than the half-width of its interval ({half:.1f}){': ' + ', '.join(big) if big else ''}; the last rows are other prompts."
-        out.append(Sheet(f"words_{r['dataset']}", f"{r['dataset']}, seed {r['settings']['seed']}: words left out{_setting_title([run])}", rows, ('left out', 'prompt'), notes=(note,), command='ipo_sweep peers'))
+        out.append(Table(f"words_{r['dataset']}", f"{r['dataset']}, seed {r['settings']['seed']}: words left out{_setting_title([run])}", rows, ('left out', 'prompt'), notes=(note,), command='ipo_sweep peers'))
     return out
 
 # %% ../../nbs/paper/02_tables.ipynb #721c91f0
@@ -282,7 +282,7 @@ def _tokens_verdict(peers): # one sentence
 
 def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
                  where:dict=None, mix:bool=False, # as in `family`
-                 command:str='ipo_sweep peers') -> Sheet: # a row for each learned vector, for the first seed
+                 command:str='ipo_sweep peers') -> Table: # a row for each learned vector, for the first seed
     "Accuracy without each learned vector of CoOp and CoCoOp, and the words nearest to it (the paper's table 1b)."
     peers = sorted((p for p in shelf.peers if p['method'] in ('coop', 'cocoop') and p.get('tokens') and p['settings'].get('shots') == shots), key=lambda p: (p['dataset'], p['title'], p['settings']['seed']))
     runs, out = first_runs(shelf.runs, shots, where, mix), []; places = {(r.result['dataset'], r.result['settings'].get('clip')) for r in runs}
@@ -295,7 +295,7 @@ def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
         out += [{'dataset': x['dataset'], 'method': x['by'], 'left out': 'nothing', 'nearest words (distance)': x['prompt'], 'base': x['base'].mean, 'novel': x['novel'].mean, 'H': x['H']} for x in _prompt_rows(r)]
     out.sort(key=lambda r: r['dataset'])
     note = (_tokens_verdict(first), "The nearest words are no reading of a vector: they are as near as any vocabulary entry happens to be. First seed of each dataset; for the prompts, their text stands in place of nearest words.",)
-    return Sheet(f'tokens_{shots}shot', f'Learned vectors left out, {shots}-shot', out, ('nearest words (distance)',), notes=note if out else (), command=command)
+    return Table(f'tokens_{shots}shot', f'Learned vectors left out, {shots}-shot', out, ('nearest words (distance)',), notes=note if out else (), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #5e9e0002
 _SEG = dict(zip(('pAcc', 'mIoU_seen', 'mIoU_unseen', 'hIoU'), ('pAcc', 'mIoU seen', 'mIoU unseen', 'hIoU')))
@@ -316,7 +316,7 @@ def segmentation_files(folders # as of `read_records`
 
 # %% ../../nbs/paper/02_tables.ipynb #5e9e0004
 def segmentation_sheet(folders, # as of `read_records`
-                       command:str='python -m ipo_nb.paper.segmentation') -> Sheet: # a row for each set of scenes, path and method
+                       command:str='python -m ipo_nb.paper.segmentation') -> Table: # a row for each set of scenes, path and method
     "Zero-shot segmentation with plain and optimized prompts (the paper's table 13)."
     records = [json.loads(p.read_text(encoding='utf-8')) for p in segmentation_files(folders)]
     rows, out, blank = [r for rec in records for r in rec['rows']], [], dict.fromkeys(('scenes', 'path', 'prompt of', *_SEG.values(), 'prompts'))
@@ -326,7 +326,7 @@ def segmentation_sheet(folders, # as of `read_records`
     notes = [_seg_verdict(s, [r for r in rows if r['scenes'] == s]) for s in dict.fromkeys(r['scenes'] for r in rows)]
     theirs = [blank | {'scenes': 'photographs', 'path': 'trained on masks', 'prompt of': f"{r['method']} (paper)"} | {v: Num(float(r[k])) for k, v in _SEG.items()} for r in paper_file('segmentation')]
     notes += [n for rec in records if (n := rec['note'])] + ["The paper's segmenters are trained on masks of the seen classes: no comparison. Mean ± standard deviation over the prompts of several seeds [95 % interval over images]."]
-    return Sheet('segmentation', 'Zero-shot segmentation' + ''.join(f"; CLIP {c}" for c in dict.fromkeys(r['clip']['spec'] for r in records)), out + theirs if out else [], notes=tuple(notes) if out else (), command=records[0]['command'] if records else command)
+    return Table('segmentation', 'Zero-shot segmentation' + ''.join(f"; CLIP {c}" for c in dict.fromkeys(r['clip']['spec'] for r in records)), out + theirs if out else [], notes=tuple(notes) if out else (), command=records[0]['command'] if records else command)
 
 # %% ../../nbs/paper/02_tables.ipynb #84628ad1
 def _curve(ax, journals, key, colour, label, style='-'): # mean and single seeds of the best so far
@@ -369,7 +369,7 @@ def _spread(values): # 'mean ± sd' of numbers that may lack
 
 # %% ../../nbs/paper/02_tables.ipynb #14f2c255
 def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-                  command:str='ipo_sweep every_prompt') -> Sheet: # a row a dataset
+                  command:str='ipo_sweep every_prompt') -> Table: # a row a dataset
     "Does the few-shot score of a prompt predict its test accuracy?"
     runs, notes = family([r for r in runs if r.result.get('tried')], (), dict(shots=shots) | (where or {}), mix); check_alike(runs, mix); out, means, all_ = [], [], []
     for d in dict.fromkeys(r.result['dataset'] for r in runs):
@@ -378,7 +378,7 @@ def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
                     'median H': _spread(col('median')), 'best H': _spread(col('best')), 'regret': _spread([f['best'] - f['chosen'] for f in found]), 'H of random control': _spread(col('control')), 'H of plain template': _spread(col('plain'))})
     said = f"Over {len(means)} runs Spearman's rank correlation of few-shot accuracy and H is {_spread(means)}; the chosen prompt is better than the median of all scored ones in {sum(f['chosen'] > f['median'] for f in all_)} of {len(all_)} runs." if means else ''
     notes = [said, 'Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its control; a good loss is a low one. The best H was found by looking at the test images, and no method could have chosen it.', *missing_seeds_of(runs), *notes] if out else []
-    return Sheet(f'predict_{shots}shot', f'Few-shot score against test accuracy, {shots}-shot{_setting_title(runs)}', out, notes=tuple(filter(None, notes)), command=command)
+    return Table(f'predict_{shots}shot', f'Few-shot score against test accuracy, {shots}-shot{_setting_title(runs)}', out, notes=tuple(filter(None, notes)), command=command)
 
 # %% ../../nbs/paper/02_tables.ipynb #2572a817
 @picture
@@ -406,7 +406,7 @@ def _cost_verdict(rows): # a sentence for each dataset
         yield f"{d}: the highest H is that of {mine[0]['method']}, with {mine[0]['seconds of learning']:.1f} seconds and {mine[0]['LLM calls']} LLM calls" + (f"; over the {len(mine)} methods the rank correlation of seconds and H is {rho:.2f}." if rho is not None else '.')
 
 def cost_sheet(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
-               command:str='ipo_sweep peers') -> Sheet: # a row for each dataset and method
+               command:str='ipo_sweep peers') -> Table: # a row for each dataset and method
     "H and what was spent on it."
     rows, runs, notes = _method_rows(shelf, dict(shots=shots) | (where or {}), mix); cells, out = gather(rows, lambda a: (a['dataset'], a['method'])), []
     for (d, m), c in sorted(cells.items(), key=lambda x: (x[0][0], -x[1].nums()['h'].mean)):
@@ -414,13 +414,14 @@ def cost_sheet(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as i
         out.append({'dataset': d, 'method': _title(c), 'H': c.nums()['h'], 'LLM calls': mean(lambda a: a['cost'].get('calls', 0)), 'LLM tokens': mean(lambda a: a['cost'].get('tokens_in', 0) + a['cost'].get('tokens_out', 0)),
                     'trained parameters': mean(lambda a: a['cost'].get('parameters', 0)), 'seconds of learning': float(np.mean([a['seconds'] for a in c.answers])), 'seeds': len(c.seeds)})
     notes = [*_cost_verdict(out), 'Seconds are of the machine that made the records, often with other runs beside them: their order counts and not their size.', *notes] if out else []
-    return Sheet(f'cost_{shots}shot', f'What each method costs, {shots}-shot{_setting_title(runs)}', out, notes=tuple(notes), command=command)
+    return Table(f'cost_{shots}shot', f'What each method costs, {shots}-shot{_setting_title(runs)}', out, notes=tuple(notes), command=command)
 
 def cost_figures(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, cost:str='seconds') -> dict: # dataset -> `Picture`
     "H against cost, one picture a dataset."
     rows, *_ = _method_rows(shelf, dict(shots=shots) | (where or {}), mix)
     kept = [a for c in gather(rows, lambda a: (a['dataset'], a['method'])).values() for a in c.answers]
-    found = summarise(kept); return {d: peer_scatter([s for s in found if s.dataset == d], cost) for d in sorted({s.dataset for s in found})}
+    found = summarise(kept)
+    return {d: peer_scatter([s for s in found if s.dataset == d], cost) for d in sorted({s.dataset for s in found})}
 
 # %% ../../nbs/paper/02_tables.ipynb #e037e643
 def checked(namespace:dict, known:tuple # `globals()` after the parameters cell; the names of the parameters
