@@ -91,7 +91,7 @@ class Study:
     def folder(self):
         "The run's own folder, named by what defines its result."
         data_sha = sha(self.dataset.split_sha, data.items_sha(self.few_shot))
-        return Path(self.config.out_dir)/self.config.dataset/run_id(self.config, data_sha)
+        return run_folder(self.config, data_sha)
     @cached_property
     def calls(self): return llm.Calls(self.folder/'calls.jsonl') # every answer that was paid for or waited for
     @cached_property

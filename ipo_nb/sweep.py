@@ -123,7 +123,7 @@ def varying(runs:list # parameters of each run
 def _label(params, names): return ', '.join(f'{n} {params[n]}' for n in names if n in params)
 
 # %% ../nbs/12_sweep.ipynb #2514044a
-_beside = {'device', 'timeout', 'peers'} # two runs that differ in nothing else are one
+_beside = set(fields_for('how', 'peers')) # two runs that differ in nothing else are one
 
 def _resolved(params): # card, and configuration with the card's settings; raises `IpoError`
     card = data.load_card(make_config(**params).dataset)

@@ -1,0 +1,187 @@
+"A record's name lasts: configurations grow, and every committed record is found again by its settings."
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ipo_nb import core
+from ipo_nb.core import (
+    BASE,
+    ELSEWHERE,
+    IpoError,
+    RunConfig,
+    cards_dir,
+    fields_for,
+    known_settings,
+    make_config,
+    old_run_name,
+    run_folder,
+    run_id,
+    run_name,
+    setting,
+    sha,
+    write_json,
+)
+from ipo_nb.data import Settings
+
+FIRST_FIELDS = """transfer patience max_calls max_tokens max_seconds max_cost price_in price_out remote_code control
+every_prompt feedback extremes max_words step_images holdout dataset split clip shots seed steps candidates memory llm
+captioner temperature top_p reply_tokens precision""".split() # those of the day on which format 2 began
+
+
+class Newer(RunConfig):
+    "The configuration of a later version."
+    mirrored: bool = setting(False, 'method', 'also show each image mirrored')
+
+
+class Slower(RunConfig):
+    "A later version with another default."
+    steps: int = setting(200, 'search', 'steps of the search')
+
+
+@cache
+def searches():
+    "Each committed search: its folder, result and configuration."
+    out = []
+    for path in sorted((cards_dir()/'records').rglob('result.json')):
+        result = json.loads(path.read_text(encoding='utf-8'))
+        if 'methods' not in result: continue # a peer
+        config = json.loads((path.parent/'config.json').read_text(encoding='utf-8'))
+        out.append((path.parent, result, config))
+    return out
+
+
+def data_sha(result): return sha(result['data']['split_sha'], result['data']['few_shot_sha'])
+
+
+def names(): return [run_name(result['settings'], data_sha(result)) for _, result, _ in searches()]
+
+
+def ids(model): return [run_id(model(**config), data_sha(result)) for _, result, config in searches()]
+
+
+def test_base_has_just_the_fields_that_define_a_result():
+    assert tuple(BASE) == fields_for('result')
+    assert not BASE.keys() & ELSEWHERE and BASE.keys() | ELSEWHERE == RunConfig.model_fields.keys()
+
+
+def test_entries_of_the_base_never_change():
+    first = {k: v for k, v in BASE.items() if k in FIRST_FIELDS}
+    assert sha(first) == '4a19e2da338f3d1ca052596638258eea072a9168cc13bbf07d515eff8a4631d4'
+
+
+def test_committed_searches_keep_their_names():
+    assert len(searches()) == 176
+    assert sha(sorted(names())) == '8e268034231966c96cf3b18ca2dcec0febccce2f8540e395e10795340d0452d9'
+    assert names() == ids(RunConfig) # the settings of a result name it as its configuration does
+
+
+def test_names_of_format_1_follow_from_the_settings():
+    for folder, result, config in searches():
+        old = old_run_name(result['settings'], data_sha(result))
+        assert old == old_run_name(config, data_sha(result)), folder
+        assert folder.name in (old, run_name(result['settings'], data_sha(result))), folder
+
+
+def test_a_new_field_with_a_default_renames_no_record(monkeypatch):
+    before = names()
+    monkeypatch.setitem(core.BASE, 'mirrored', False)
+    assert names() == before
+    assert ids(Newer) == before
+
+
+def test_a_new_field_that_is_missing_in_the_base_is_not_overlooked():
+    with pytest.raises(IpoError, match="the setting 'mirrored', which this version of ipo_nb does not know"):
+        run_id(Newer(dataset='dtd'), 'x')
+
+
+def test_another_default_renames_no_record_and_names_new_runs_apart():
+    assert ids(Slower) == names()
+    assert run_id(Slower(dataset='dtd'), 'x') == run_id(RunConfig(dataset='dtd', steps=200), 'x')
+    assert run_id(Slower(dataset='dtd'), 'x') != run_id(RunConfig(dataset='dtd'), 'x')
+
+
+CHANGES = dict(
+    transfer='shifts', patience=3, max_calls=3, max_tokens=3, max_seconds=3., max_cost=3., price_in=3., price_out=3.,
+    remote_code=True, control=False, every_prompt=True, feedback='none', extremes=True, max_words=3, step_images=3,
+    holdout=True, dataset='eurosat', split='own', clip='mini', shots=3, seed=3, steps=3, candidates=3, memory=3,
+    llm='random', captioner='none', temperature=.5, top_p=.5, reply_tokens=3, precision='fp32')
+
+
+def test_every_value_that_defines_a_result_changes_the_name():
+    assert CHANGES.keys() == BASE.keys()
+    changed = [run_id(make_config(**dict(dataset='dtd') | {k: v}), 'x') for k, v in CHANGES.items()]
+    assert len({run_id(make_config(dataset='dtd'), 'x'), *changed}) == len(CHANGES) + 1
+
+
+def test_what_defines_no_result_changes_no_name():
+    changes = dict(data_root='a', few_shot_index='a', out_dir='a', device='cpu', timeout=3., peers='all')
+    assert changes.keys() == ELSEWHERE
+    assert run_id(make_config(dataset='dtd', **changes), 'x') == run_id(make_config(dataset='dtd'), 'x')
+
+
+def test_an_older_record_is_read_with_the_base_where_it_is_silent():
+    old = dict(dataset='dtd', memory=3, timeout=5.)
+    assert known_settings(old) == BASE | dict(dataset='dtd', memory=3)
+    assert run_name(old, 'x') == run_id(make_config(dataset='dtd', memory=3), 'x')
+
+
+def test_a_setting_of_a_newer_version_is_refused_with_the_mend():
+    with pytest.raises(IpoError, match="has the setting 'mirrored'.*read it with the version that its manifest.json"):
+        known_settings(dict(dataset='dtd', mirrored=True))
+
+
+def test_every_committed_search_is_found_where_it_lies():
+    for folder, result, config in searches():
+        mine = RunConfig(**config | dict(out_dir=str(folder.parents[1])))
+        assert run_folder(mine, data_sha(result)) == folder
+
+
+def old_folder(config, data):
+    "A folder as format 1 made it."
+    stored = config.model_dump(exclude={'out_dir'})
+    folder = Path(config.out_dir)/config.dataset/old_run_name(stored, data)
+    write_json(folder/'config.json', stored)
+    return folder
+
+
+def test_a_run_of_format_1_is_found_under_its_old_name(tmp_path, monkeypatch):
+    config = make_config(dataset='dtd', out_dir=str(tmp_path), steps=7)
+    old = old_folder(config, 'x')
+    assert run_folder(config, 'x') == old != run_folder(config, 'y')
+    assert run_folder(config.model_copy(update=dict(steps=8)), 'x').name != old.name
+    monkeypatch.setitem(core.BASE, 'mirrored', False) # and by a later version
+    newer = Newer(**config.model_dump())
+    assert run_folder(newer, 'x') == old
+    assert run_folder(newer.model_copy(update=dict(mirrored=True)), 'x') != old
+    new = tmp_path/'dtd'/run_id(config, 'x')
+    new.mkdir()
+    assert run_folder(config, 'x') == new # today's name goes first
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"steps": 7', '{"mirrored": true}', '{}'])
+def test_a_damaged_neighbour_hinders_no_run(tmp_path, text):
+    config = make_config(dataset='dtd', out_dir=str(tmp_path))
+    beside = tmp_path/'dtd'/'0123456789ab'
+    beside.mkdir(parents=True)
+    (beside/'config.json').write_text(text)
+    assert run_folder(config, 'x') == tmp_path/'dtd'/run_id(config, 'x')
+
+
+def test_a_name_needs_a_dataset():
+    with pytest.raises(IpoError, match="add 'dataset' to its settings"): run_name(dict(steps=3), 'x')
+
+
+@pytest.mark.parametrize('name', RunConfig.model_fields)
+def test_each_field_says_what_it_is_for(name):
+    field = RunConfig.model_fields[name]
+    assert field.description and not field.description.endswith('.')
+    assert sum(name in fields_for(role) for role in core.ROLES) == 1
+
+
+def test_the_settings_of_a_card_are_those_of_the_configuration():
+    for name, field in Settings.model_fields.items():
+        whole = RunConfig.model_fields[name]
+        assert (field.annotation, field.default, field.metadata) == (whole.annotation, whole.default, whole.metadata)
+        assert field.description == whole.description
