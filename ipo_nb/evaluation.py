@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP_SPREAD', 'Evaluation', 'make_evaluation', 'Half', 'evaluate', 'compare', 'compare_all', 'transfer',
-           'transfer_means', 'Part', 'leave_one_out', 'word_importance', 'odd_words', 'unreadable', 'named_classes',
+           'transfer_means', 'Part', 'leave_one_out', 'word_importance', 'known_words', 'odd_words', 'unreadable',
            'step_means', 'signatures']
 
 # %% ../nbs/08_evaluation.ipynb #ddd23fde
@@ -88,30 +88,40 @@ def compare_all(methods:list # evaluations, the one of interest first
 
 # %% ../nbs/08_evaluation.ipynb #5bc0699d
 def _row(dataset, method='', prompt='', correct=(), classes=0, skipped='', split=''): # of a transfer
-    scored = dict(accuracy=accuracy(correct), interval=interval(correct)) if len(correct) else dict(accuracy=None, interval=None)
-    return dict(dataset=dataset, method=method, prompt=prompt, **scored, n=len(correct), classes=classes, split=split, skipped=skipped, correct=pack_bits(correct))
+    known = len(correct) > 0
+    scored = dict(accuracy=accuracy(correct) if known else None, interval=interval(correct) if known else None)
+    about = dict(n=len(correct), classes=classes, split=split, skipped=skipped, correct=pack_bits(correct))
+    return dict(dataset=dataset, method=method, prompt=prompt, **scored, **about)
+
+def _moved(clip, method, prompt, dataset, target, predict): # a row; one that says why where the prompt does not fit
+    about = dict(classes=len(target.names), split=target.split)
+    try: return _row(dataset, method, prompt, _correct(clip, [prompt], target, predict)[0], **about)
+    except IpoError as e: return _row(dataset, method, prompt, skipped=str(e), **about)
 
 def transfer(clip,         # a model of the scorer
              prompts:dict, # name of a method -> its prompt
              targets,      # pairs of a dataset's name and its `Half` with all classes, or the reason why there is none
              predict=None  # as in `evaluate`
-            ) -> list: # rows: dataset, method, prompt, accuracy, interval, n images, classes, split, why it was skipped, answers as `pack_bits`
-    "Prompts, and each target's own template, on other datasets (the paper's table 9) and on shifted versions. A prompt too long for a target's names is skipped there."
+            ) -> list: # rows: dataset, method, prompt, accuracy, interval, n images, classes, split, skipped (why), packed answers
+    """Prompts, and each target's own template, on other datasets (the paper's table 9) and on shifted versions.
+    A prompt too long for a target's names is skipped there."""
     rows = []
-    for dataset, t in targets:
-        if isinstance(t, str): rows.append(_row(dataset, skipped=t)); continue
-        for method, p in (prompts | ({'hand-written template': t.template} if t.template else {})).items():
-            try: rows.append(_row(dataset, method, p, _correct(clip, [p], t, predict)[0], len(t.names), split=t.split))
-            except IpoError as e: rows.append(_row(dataset, method, p, classes=len(t.names), skipped=str(e), split=t.split))
+    for dataset, target in targets:
+        if isinstance(target, str):
+            rows.append(_row(dataset, skipped=target))
+            continue
+        own = {'hand-written template': target.template} if target.template else {}
+        rows += [_moved(clip, method, p, dataset, target, predict) for method, p in (prompts | own).items()]
     return rows
 
 # %% ../nbs/08_evaluation.ipynb #d02b2d40
 def transfer_means(rows:list # of `transfer`
                   ) -> dict: # method -> mean accuracy over the targets that all methods have
     "The last column of the paper's table 9."
-    gaps = {r['dataset'] for r in rows if r['skipped']}
-    whole = [r for r in rows if r['dataset'] not in gaps]
-    return {m: round(float(np.mean([r['accuracy'] for r in whole if r['method'] == m])), 4) for m in dict.fromkeys(r['method'] for r in whole)}
+    gaps, found = {r['dataset'] for r in rows if r['skipped']}, {}
+    for r in rows:
+        if r['dataset'] not in gaps: found.setdefault(r['method'], []).append(r['accuracy'])
+    return {method: rounded(np.mean(values)) for method, values in found.items()}
 
 # %% ../nbs/08_evaluation.ipynb #edffa461
 _MARKS = '.,;:!?'
@@ -132,33 +142,53 @@ class Part:
     end:int     # one past the last
 
 # %% ../nbs/08_evaluation.ipynb #967c1630
-_OPENERS = set('of in on with from for to and or that which including ensuring by at under against over as showing featuring while'.split())
+_OPENERS = set('of in on with from for to and or that which including ensuring by at under against over as showing '
+               'featuring while'.split())
+
+def _opens(words, i, by_phrase): # does a removable group end before word i?
+    word = words[i]
+    if PLACEHOLDER in word or not by_phrase: return True
+    return word.lower().strip(_MARKS) in _OPENERS or (i > 0 and words[i-1][-1] in _MARKS)
 
 def _spans(words, by_phrase): # (start, end) of each removable group
-    spans, start = [], None
-    for i, w in enumerate([*words, PLACEHOLDER]):
-        border = PLACEHOLDER in w
-        opens = border or not by_phrase or w.lower().strip(_MARKS) in _OPENERS or (i and words[i-1][-1] in _MARKS)
-        if start is not None and opens: spans.append((start, i)); start = None
-        if start is None and not border: start = i
+    words, spans, start = [*words, PLACEHOLDER], [], None
+    for i, word in enumerate(words):
+        if start is not None and _opens(words, i, by_phrase):
+            spans.append((start, i))
+            start = None
+        if start is None and PLACEHOLDER not in word: start = i
     return spans
 
 # %% ../nbs/08_evaluation.ipynb #22c5b3fd
+def _bare(words, at): # the placeholder alone, with the mark that closed the prompt
+    last = words[-1][-1]
+    return words[at].rstrip(_MARKS) + (last if last in '.;:!?' else '')
+
 def leave_one_out(prompt:str,   # text with `<CLASS>`
                   mode:str='auto' # 'words', 'phrases', or 'auto': phrases for more than 15 words
                  ) -> list: # a `Part` for each word or phrase, then before, after and all
     "Every shorter prompt that the word importance looks at; `<CLASS>` always stays."
     words = prompt.split()
-    if not any(PLACEHOLDER in w for w in words): raise IpoError(f"the prompt '{prompt}' has no {PLACEHOLDER}: word importance needs one.")
-    at, n = next(i for i, w in enumerate(words) if PLACEHOLDER in w), len(words)
+    if not any(PLACEHOLDER in w for w in words):
+        raise IpoError(f"the prompt '{prompt}' has no {PLACEHOLDER}: word importance needs one.")
+    n = len(words)
+    at = next(i for i, w in enumerate(words) if PLACEHOLDER in w)
     by_phrase = mode == 'phrases' or (mode == 'auto' and n > 15)
     spans = [('phrase' if by_phrase and e-s > 1 else 'word', s, e) for s, e in _spans(words, by_phrase)]
-    spans += [(k, s, e) for k, s, e in (('before', 0, at), ('after', at+1, n)) if e > s]
-    parts = [Part(k, ' '.join(words[s:e]), _without(words, s, e), s, e) for k, s, e in spans]
-    bare = words[at].rstrip(_MARKS) + (words[-1][-1] if words[-1][-1] in '.;:!?' else '')
-    return parts + ([Part('all', ' '.join(words[:at]+words[at+1:]), bare, 0, n)] if 0 < at < n-1 else [])
+    spans += [(kind, s, e) for kind, s, e in (('before', 0, at), ('after', at+1, n)) if e > s]
+    parts = [Part(kind, ' '.join(words[s:e]), _without(words, s, e), s, e) for kind, s, e in spans]
+    if 0 < at < n-1: parts.append(Part('all', ' '.join(words[:at]+words[at+1:]), _bare(words, at), 0, n))
+    return parts
 
 # %% ../nbs/08_evaluation.ipynb #e255c196
+def _part_row(part, base, novel): # truth values of its prompt
+    b, v = accuracy(base), accuracy(novel)
+    return asdict(part) | dict(base=b, novel=v, h=harmonic_mean(b, v))
+
+def _drops(row, whole): # what is lost against the whole prompt
+    lost = {key: round(whole[key] - row[key], 4) for key in ('base', 'novel', 'h')}
+    return row | dict(drop_base=lost['base'], drop_novel=lost['novel'], drop=lost['h'])
+
 def word_importance(clip,            # a model of the scorer
                     prompt:str,      # the chosen prompt
                     base:Half,       # base classes and their test images
@@ -170,33 +200,42 @@ def word_importance(clip,            # a model of the scorer
     parts = [Part('whole', '', prompt, 0, 0), *leave_one_out(prompt, mode)]
     texts = list(dict.fromkeys(p.prompt for p in parts))
     b, v = (dict(zip(texts, _correct(clip, texts, half, predict))) for half in (base, novel))
-    rows = [asdict(p) | dict(base=(x:=accuracy(b[p.prompt])), novel=(y:=accuracy(v[p.prompt])), h=harmonic_mean(x, y)) for p in parts]
-    drop = lambda r, k: round(rows[0][k] - r[k], 4)
-    return [r | dict(drop_base=drop(r,'base'), drop_novel=drop(r,'novel'), drop=drop(r,'h')) for r in rows]
+    rows = [_part_row(p, b[p.prompt], v[p.prompt]) for p in parts]
+    return [_drops(r, rows[0]) for r in rows]
 
 # %% ../nbs/08_evaluation.ipynb #9ad9401d
 @lru_cache
-def _known(): # CLIP's whole words, and their beginnings
+def known_words() -> tuple: # CLIP's whole words, and their beginnings of five letters
+    "The words that CLIP's tokenizer knows whole."
     path = Path(find_spec('open_clip').origin).parent/'bpe_simple_vocab_16e6.txt.gz'
     merges = gzip.open(path, 'rt', encoding='utf8').read().split('\n')[1:48895]
     words = {''.join(m.split())[:-4] for m in merges if m.endswith('</w>')}
     return words, {w[:5] for w in words if len(w) > 5}
 
+def _odd(word): # does it look like no word?
+    words, stems = known_words()
+    small = word.lower()
+    unknown = small not in words and small[:5] not in stems and len(small) > 1
+    return unknown or re.search(r'(.)\1\1', small) or re.search('[a-zà-ÿ][A-Z]|^[A-Z]{2,}[a-z]{2,}', word)
+
 def odd_words(prompt:str # any text
              ) -> list: # the words that look like none
     "Words that are neither known to CLIP's tokenizer nor begin like one that is."
-    words, stems = _known()
-    def odd(w):
-        l = w.lower()
-        return (l not in words and l[:5] not in stems and len(l) > 1) or re.search(r'(.)\1\1', l) or re.search('[a-zà-ÿ][A-Z]|^[A-Z]{2,}[a-z]{2,}', w)
-    return [w for w in re.findall(r"[^\W\d_]+", re.sub(r"['’]\w+", '', prompt.replace(PLACEHOLDER, ' '))) if odd(w)]
+    text = re.sub(r"['’]\w+", '', prompt.replace(PLACEHOLDER, ' '))
+    return [w for w in re.findall(r"[^\W\d_]+", text) if _odd(w)]
 
 # %% ../nbs/08_evaluation.ipynb #18974c0f
 _DANGLING = set('a an the of in on with and or to at by for from as'.split())
 
 def _repeated(words): # three words that come twice, or a long word that comes three times
-    words = [w.lower() for w in words]; runs = [' '.join(words[i:i+3]) for i in range(len(words)-2)]
-    return next((r for r in runs if runs.count(r) > 1), '') or next((w for w in words if len(w) > 3 and words.count(w) > 2), '')
+    words = [w.lower() for w in words]
+    runs = [' '.join(words[i:i+3]) for i in range(len(words)-2)]
+    twice = (r for r in runs if runs.count(r) > 1)
+    thrice = (w for w in words if len(w) > 3 and words.count(w) > 2)
+    return next(twice, '') or next(thrice, '')
+
+def _breaks_off(text, words): # after a word that wants another
+    return words and words[-1].lower() in _DANGLING and not text.rstrip(_MARKS).endswith('|')
 
 def unreadable(prompt:str # text with `<CLASS>`
               ) -> str: # why, or '' for a prompt that can be read
@@ -205,70 +244,76 @@ def unreadable(prompt:str # text with `<CLASS>`
     words, odd = re.findall(r"[^\W\d_]+", text), odd_words(prompt)
     twice, again = re.search(r"\b(\w+)\s+\1\b", text, flags=re.I), _repeated(words)
     letters = sum(c.isalpha() or c in ' |' for c in text)
-    if len(odd) > 1 and len(odd) >= len(words)/4: return f"{len(odd)} of its {len(words)} words look like none: {', '.join(odd[:5])}"
+    if len(odd) > 1 and len(odd) >= len(words)/4:
+        return f"{len(odd)} of its {len(words)} words look like none: {', '.join(odd[:5])}"
     if twice: return f"it says '{twice[1]}' twice running"
     if again: return f"it says '{again}' again and again"
-    if words and words[-1].lower() in _DANGLING and not text.rstrip(_MARKS).endswith('|'): return f"it breaks off after '{words[-1]}'"
+    if _breaks_off(text, words): return f"it breaks off after '{words[-1]}'"
     if len(text) > 2 and letters < .7*len(text): return "it is mostly signs and digits"
     return ''
-
-# %% ../nbs/08_evaluation.ipynb #59416a87
-def _plain(text): return ' ' + ' '.join(re.findall(r'[^\W_]+', text.lower())) + ' '
-
-def named_classes(prompt:str, # text with `<CLASS>`
-                  names       # class names, base and novel
-                 ) -> list: # those that the prompt says
-    "Class names that stand in a prompt."
-    text = _plain(prompt.replace(PLACEHOLDER, '|'))
-    return [n for n in names if _plain(n).strip() and _plain(n) in text]
 
 # %% ../nbs/08_evaluation.ipynb #f424e0f0
 STEP_SPREAD = 10. # points of few-shot accuracy
 
+def _accuracies(line): # of the accepted candidates of a step
+    return [c['accuracy'] for c in line['candidates'] if c['status'] == 'accepted']
+
 def step_means(history:list # lines of history.jsonl
               ) -> list: # mean accuracy of the accepted candidates, for each step that had some
     "How good the proposals of each step were on the few-shot images."
-    scores = [[c['accuracy'] for c in line['candidates'] if c['status'] == 'accepted'] for line in history if line['step'] > 0]
-    return [float(np.mean(s)) for s in scores if s]
+    steps = [_accuracies(line) for line in history if line['step'] > 0]
+    return [float(np.mean(found)) for found in steps if found]
 
 # %% ../nbs/08_evaluation.ipynb #43f1d75b
+def _signature(name, found, sentence): return [dict(name=name, found=found, sentence=sentence)]
+
 def _against(result, other, key='h', half='all'): # (ours, theirs, p) or None where the other was not evaluated
     by = {m['name']: m for m in result['methods']}
     if 'IPO' not in by or other not in by: return None
     ps = [r['p'] for r in result['paired'] if (r['a'], r['b'], r['half']) == ('IPO', other, half)]
     return by['IPO'][key], by[other][key], ps[0] if ps else 1.
 
-def _lower(result, name, other, key='h', half='all'): # a signature: ours is below another prompt's
+def _lower(result, name, other, key='h', half='all'): # is ours below another prompt's?
     if not (found := _against(result, other, key, half)): return []
-    (ours, theirs, p), what = found, 'H' if key == 'h' else f'{key} accuracy'
+    ours, theirs, p = found
+    what = 'H' if key == 'h' else f'{key} accuracy'
     word = 'below' if ours < theirs else 'above' if ours > theirs else 'equal to'
-    sure = 'beyond chance' if p < .05 else 'within chance'
-    return [dict(name=name, found=ours < theirs, sentence=f"The chosen prompt's {what} is {ours:.1f}, {word} the {other}'s {theirs:.1f} ({sure}, p = {p:.2g}).")]
+    sure = f"{'beyond' if p < .05 else 'within'} chance, p = {p:.2g}"
+    sentence = f"The chosen prompt's {what} is {ours:.1f}, {word} the {other}'s {theirs:.1f} ({sure})."
+    return _signature(name, ours < theirs, sentence)
 
-def _control(result): # a signature: no better than editing words at random
+def _control(result): # is it no better than editing words at random?
     if not (found := _against(result, 'random control')): return []
-    (ours, theirs, p), other = found, 'the random control at the same budget'
-    better = ours > theirs and p < .05
-    how = 'beats' if better else 'is worse, beyond chance, than' if ours < theirs and p < .05 else 'is not better beyond chance than'
-    return [dict(name='no improvement over the control', found=not better, sentence=f"With H {ours:.1f} the chosen prompt {how} {other} ({theirs:.1f}, p = {p:.2g}).")]
+    ours, theirs, p = found
+    better, worse = (ours > theirs and p < .05), (ours < theirs and p < .05)
+    how = 'beats' if better else 'is worse, beyond chance, than' if worse else 'is not better beyond chance than'
+    other = 'the random control at the same budget'
+    sentence = f"With H {ours:.1f} the chosen prompt {how} {other} ({theirs:.1f}, p = {p:.2g})."
+    return _signature('no improvement over the control', not better, sentence)
 
 # %% ../nbs/08_evaluation.ipynb #4a2486e1
-def _readable(result): # a signature: gibberish
+def _readable(result): # is it gibberish?
     why = unreadable(result['chosen']['prompt'])
-    return [dict(name='unreadable prompt', found=bool(why), sentence=f"The chosen prompt is hard to read: {why}." if why else 'The chosen prompt is readable text.')]
+    sentence = f"The chosen prompt is hard to read: {why}." if why else 'The chosen prompt is readable text.'
+    return _signature('unreadable prompt', bool(why), sentence)
 
-def _naming(result): # a signature: classes named by the prompt
+def _naming(result): # does it name classes?
     named = named_classes(result['chosen']['prompt'], result['data']['classes'])
     n = result['search']['status'].get('names a class', 0)
     tail = f"; {n} proposal{'s were' if n != 1 else ' was'} refused for naming one."
     head = f"The chosen prompt names {', '.join(named)}" if named else 'The chosen prompt names no class'
-    return [dict(name='class-naming prompt', found=bool(named), sentence=head + tail)]
+    return _signature('class-naming prompt', bool(named), head + tail)
 
-def _steady(history): # a signature: proposals that jump from step to step
-    means = step_means(history)
-    if len(means) < 3: return [dict(name='high variance between steps', found=False, sentence='Too few steps proposed anything to speak of variance between them.')]
-    sd = float(np.std(means, ddof=1)); found = sd > STEP_SPREAD
-    return [dict(name='high variance between steps', found=found, sentence=f"The mean few-shot accuracy of a step's proposals has a standard deviation of {sd:.1f} points over {len(means)} steps, {'above' if found else 'not above'} the threshold of {STEP_SPREAD:.0f}.")]
+_TOO_FEW = 'Too few steps proposed anything to speak of variance between them.'
+
+def _steady(history): # do proposals jump from step to step?
+    name, means = 'high variance between steps', step_means(history)
+    if len(means) < 3: return _signature(name, False, _TOO_FEW)
+    sd = float(np.std(means, ddof=1))
+    found = sd > STEP_SPREAD
+    sentence = (f"The mean few-shot accuracy of a step's proposals has a standard deviation of {sd:.1f} points over "
+                f"{len(means)} steps, {'above' if found else 'not above'} the threshold of {STEP_SPREAD:.0f}.")
+    return _signature(name, found, sentence)
 
 # %% ../nbs/08_evaluation.ipynb #b81286a2
 def signatures(result:dict,    # result.json, or what of it is known before this

@@ -1,7 +1,7 @@
 "Checks of evaluation that are no documentation: agreement with independent computations, odd input."
 import numpy as np, pytest
 from scipy import stats
-from ipo_nb.core import IpoError, PLACEHOLDER, DEFAULT_PROMPT
+from ipo_nb.core import DEFAULT_PROMPT, IpoError, PLACEHOLDER, named_classes
 from ipo_nb.evaluation import *
 from ipo_nb.stats import *
 
@@ -66,7 +66,7 @@ def test_class_names_with_odd_characters():
     names = ['a/b', "bird's nest", 'c<d>', '...', 'AnnualCrop']
     assert named_classes("a bird's nest and <CLASS>", names) == ["bird's nest"]
     assert named_classes('annualcrop <CLASS>', names) == ['AnnualCrop']
-    assert named_classes('a class <CLASS>', ['class', 'CLASS']) == ['class', 'CLASS']
+    assert named_classes('a class <CLASS>', ['class', 'CLASS']) == [] # too common a word to tell
     assert named_classes('a <CLASS>', ['class']) == []
 
 def test_signatures_without_the_other_methods():

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch, torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from ..core import *
-from ..evaluation import _known
+from ..evaluation import known_words
 from ..scorer import text_features
 from .base import Peer, cost
 
@@ -81,7 +81,7 @@ class IpoTop(WordsPeer):
 @lru_cache
 def waffle_words() -> tuple: # sorted
     "The whole words of CLIP's own vocabulary, of 3 to 12 plain letters."
-    return tuple(sorted(w for w in _known()[0] if w.isascii() and w.isalpha() and 3 <= len(w) <= 12))
+    return tuple(sorted(w for w in known_words()[0] if w.isascii() and w.isalpha() and 3 <= len(w) <= 12))
 
 def shape(names # class names
          ) -> tuple: # words in a name and letters in a word, on average
