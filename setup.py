@@ -1,7 +1,7 @@
 """Packaging: everything is read from settings.ini, the one place for version and requirements."""
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+from setuptools import find_packages, setup
 
 config = ConfigParser(delimiters=['='])
 config.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
@@ -16,7 +16,8 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}",
     # cards and the master notebook live at the top level and travel inside the package as ipo_nb/data_cards and ipo_nb/nbs
-    packages=[lib, f'{lib}.peers', f'{lib}.data_cards', f'{lib}.nbs'], package_dir={lib: lib, f'{lib}.data_cards': 'data_cards', f'{lib}.nbs': 'nbs'},
+    packages=[*find_packages(include=[lib, f'{lib}.*']), f'{lib}.data_cards', f'{lib}.nbs'],
+    package_dir={lib: lib, f'{lib}.data_cards': 'data_cards', f'{lib}.nbs': 'nbs'},
     package_data={lib: ['models/*/*'], f'{lib}.data_cards': ['*.md', 'paper/*'], f'{lib}.nbs': ['run_dataset.ipynb', 'sweeps/*.yaml']},
     install_requires=cfg['requirements'].split(), extras_require={x: cfg[f'{x}_requirements'].split() for x in ('dev', 'ray')},
     entry_points={'console_scripts': cfg.get('console_scripts', '').split(),
