@@ -160,7 +160,7 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
 def _begins_as_image(path):
     try:
         with Image.open(path): return True
-    except data._BROKEN: return False
+    except data.BROKEN_IMAGE: return False
 
 @patch
 def check_files(self:Study) -> None:

@@ -17,12 +17,12 @@ import torch
 from fastcore.basics import patch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from ..core import *
-from ..data import describe, halves, images_sha, load_card, load_dataset, subset
-from ..data import _find, _folders, _home
+from ..data import (dataset_folder, describe, find_path, folder_names, halves, images_sha,
+                         load_card, load_dataset, subset)
 from ..evaluation import Half, evaluate
-from ..stats import harmonic_mean
-from .printed import paper_file
 from ..evidence.show import Table, safe
+from .printed import paper_file
+from ..stats import harmonic_mean
 from ..scorer import check_length, check_spec, image_features, load_clip
 
 # %% ../../nbs/paper/04_certify.ipynb #4483b8de
@@ -286,12 +286,12 @@ def _chosen(datasets): # checked, in the order of the paper
     for d in datasets: claims(d)
     return [d for d in certified_datasets() if d in datasets or not datasets]
 
-def _here(name, root): return any((root/f).is_dir() for f in _folders(load_card(name)))
+def _here(name, root): return any((root/f).is_dir() for f in folder_names(load_card(name)))
 
 def _check_any(names, root): # a sentence where nothing can be scored
     if any(_here(n, root) for n in names): return
     for n in names: # one dataset was asked for, or the root is a dataset's own folder: the loader's own sentence
-        if len(names) == 1 or root.absolute().name in _folders(load_card(n)): _home(load_card(n), root)
+        if len(names) == 1 or root.absolute().name in folder_names(load_card(n)): dataset_folder(load_card(n), root)
     raise IpoError(f"data_root {root} holds none of {', '.join(names)}: `ipo_data get NAME --data_root {root}` fetches one.")
 
 def _check_out(folder): # a sentence before the work rather than after it
@@ -428,7 +428,7 @@ def certify(data_root, # folder that holds the datasets
             device:str='auto', precision:str='auto' # as in `load_clip`
            ) -> Certificate: # of what is there
     "Score the paper's printed prompts on the datasets that are there. Raises `IpoError` for unknown names and where nothing is there."
-    names, root = _chosen(list(datasets)), _find(data_root, 'data_root')
+    names, root = _chosen(list(datasets)), find_path(data_root, 'data_root')
     check_spec(clip); _check_any(names, root)
     model = load_clip(clip, device, precision)
     parts = (certify_dataset(model, n, root, split) if _here(n, root) else _absent(n) for n in names)
