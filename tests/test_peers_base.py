@@ -7,13 +7,22 @@ from ipo_nb.data import Item
 from ipo_nb.peers.base import *
 from test_scorer import tiny
 
-SHAPES = {'CLIP': {}, 'CustomTextCLIP': dict(custom=True), 'quick gelu': dict(quick_gelu=True), 'layer scale': dict(text=dict(ls_init_value=.1)),
-          'end of text id': dict(text=dict(pool_type='eos')), 'projection with bias': dict(text=dict(proj_bias=True)), 'no projection': dict(custom=True, text=dict(proj_type='none', width=24))}
+SHAPES = {
+    'CLIP': {},
+    'CustomTextCLIP': dict(custom=True),
+    'quick gelu': dict(quick_gelu=True),
+    'layer scale': dict(text=dict(ls_init_value=.1)),
+    'end of text id': dict(text=dict(pool_type='eos')),
+    'projection with bias': dict(text=dict(proj_bias=True)),
+    'no projection': dict(custom=True, text=dict(proj_type='none', width=24))}
+VISIONS = [dict(pool_type='avg', final_ln_after_pool=True), dict(no_ln_pre=True),
+           dict(attentional_pool=True, attn_pooler_heads=2)]
 TEXTS = ['a photo of a rose.', 'x', 'an image with a Jack-in-the-pulpit, a type of flower, at night 🌻']
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_plain_vectors_are_encode(shape):
-    clip = tiny(**SHAPES[shape]); ids = clip.tokenizer(TEXTS); embeds, ends = embed(clip, TEXTS)
+    clip = tiny(**SHAPES[shape])
+    ids, (embeds, ends) = clip.tokenizer(TEXTS), embed(clip, TEXTS)
     want = clip.model.encode_text(ids)
     assert torch.equal(text_forward(clip, clip.tower.embed(ids), ends), want)
     assert torch.allclose(text_forward(clip, embeds, ends), want, atol=1e-5)
@@ -21,23 +30,28 @@ def test_plain_vectors_are_encode(shape):
     pixels = torch.randn(3, 3, 32, 32)
     assert torch.equal(image_forward(clip, pixels, deep=lambda i, x: x), clip.model.encode_image(pixels))
 
-@pytest.mark.parametrize('vision', [dict(pool_type='avg', final_ln_after_pool=True), dict(no_ln_pre=True), dict(attentional_pool=True, attn_pooler_heads=2)])
+@pytest.mark.parametrize('vision', VISIONS)
 def test_image_towers(vision):
-    m = open_clip.CLIP(24, dict(image_size=32, patch_size=16, width=32, layers=2, head_width=16) | vision, dict(width=32, heads=2, layers=1)).eval()
-    clip = tiny(); clip.model = m; pixels = torch.randn(2, 3, 32, 32)
+    shape = dict(image_size=32, patch_size=16, width=32, layers=2, head_width=16) | vision
+    m = open_clip.CLIP(24, shape, dict(width=32, heads=2, layers=1)).eval()
+    clip, pixels = tiny(), torch.randn(2, 3, 32, 32)
+    clip.model = m
     assert torch.equal(image_forward(clip, pixels), m.encode_image(pixels))
     assert image_forward(clip, pixels, extra=torch.randn(3, 32)).shape == (2, 24)
 
 def test_deep_is_called_before_each_block():
     clip, seen = tiny(), []
     embeds, ends = embed(clip, TEXTS)
-    def deep(i, x): seen.append((i, tuple(x.shape))); return x
+    def deep(i, x):
+        seen.append((i, tuple(x.shape)))
+        return x
     text_forward(clip, embeds, ends, deep=deep)
     assert seen == [(i, tuple(embeds.shape)) for i in range(3)]
 
 @pytest.mark.parametrize('custom', [False, True])
 def test_a_forward_pass_leaves_the_model_alone(custom):
-    clip = tiny(custom=custom); before = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    clip = tiny(custom=custom)
+    before = {k: v.clone() for k, v in clip.model.state_dict().items()}
     x = embed(clip, TEXTS)[0].requires_grad_()
     text_forward(clip, x, torch.tensor([2, 2, 2])).sum().backward()
     assert x.grad.any() and all(torch.equal(v, before[k]) for k, v in clip.model.state_dict().items())
@@ -46,29 +60,43 @@ def test_a_forward_pass_leaves_the_model_alone(custom):
 class Picture:
     def __init__(self, i): self.i, self.key = i, f'picture {i}'
     def sha(self): return sha('test picture', self.i)
-    def open(self): return Image.fromarray(np.random.default_rng(self.i).integers(0, 255, (20 + 13*self.i, 61, 3), np.uint8))
+    def open(self):
+        size = 20 + 13*self.i, 61, 3
+        return Image.fromarray(np.random.default_rng(self.i).integers(0, 255, size, np.uint8))
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
     monkeypatch.setenv('IPO_NB_CACHE', str(tmp_path/'cache'))
     items = lambda n, at: [Item(Picture(at + i), i % 3, 'abc'[i % 3]) for i in range(n)]
-    return Task(tiny_clip(), ['rose', 'tiger lily', "bird's nest"], ['cup', 'saucer', 'tea pot'], items(6, 0), dict(base=items(7, 10), novel=items(8, 20)),
-                'a <CLASS>.', 2, 1, folder=tmp_path/'learned')
+    base, novel = ['rose', 'tiger lily', "bird's nest"], ['cup', 'saucer', 'tea pot']
+    test = dict(base=items(7, 10), novel=items(8, 20))
+    return Task(tiny_clip(), base, novel, items(6, 0), test, 'a <CLASS>.', 2, 1, folder=tmp_path/'learned')
 
 class Both(Learner): # one vector in each tower
-    name, title, needs, defaults = 'both', 'Both', ('text', 'image'), TRAINING | dict(epochs=4, batch_size=4, lr=.1)
+    name, title, needs = 'both', 'Both', ('text', 'image')
+    defaults = TRAINING | dict(epochs=4, batch_size=4, lr=.1)
     def build(self, task, settings):
         self.slots = {tuple(n): slots(task.clip, n, 1) for n in (task.base, task.novel)}
         return torch.nn.ParameterDict(dict(text=.02*torch.randn(1, 32), image=.02*torch.randn(1, 32)))
     def text(self, task, names):
-        s = self.slots[tuple(names)]
-        return F.normalize(text_forward(task.clip, s.fill(self.learned['text']), s.ends, checkpointing=self.used['checkpointing']).float(), dim=-1)
-    def see(self, task, pixels): return F.normalize(image_forward(task.clip, pixels, extra=self.learned['image'], checkpointing=self.used['checkpointing']).float(), dim=-1)
-    def image(self, task, which): return self.see(task, Images(task.clip, task.items(which), augment=False).pixels(range(len(task.items(which)))))
-    def loss(self, task, batch, settings): return F.cross_entropy(task.clip.logit_scale * self.see(task, batch.pixels) @ self.text(task, task.base).T, batch.labels)
+        s, again = self.slots[tuple(names)], self.used['checkpointing']
+        x = text_forward(task.clip, s.fill(self.learned['text']), s.ends, checkpointing=again)
+        return F.normalize(x.float(), dim=-1)
+    def see(self, task, pixels):
+        again = self.used['checkpointing']
+        x = image_forward(task.clip, pixels, extra=self.learned['image'], checkpointing=again)
+        return F.normalize(x.float(), dim=-1)
+    def image(self, task, which):
+        images = Images(task.clip, task.items(which), augment=False)
+        return self.see(task, images.pixels(range(len(images))))
+    def loss(self, task, batch, settings):
+        image, text = self.see(task, batch.pixels), self.text(task, task.base)
+        return F.cross_entropy(task.clip.logit_scale * image @ text.T, batch.labels)
 
 def fitted(task, **kw):
-    peer = Both(); peer.fit(task, peer.settings(2, **kw)); return peer
+    peer = Both()
+    peer.fit(task, peer.settings(2, **kw))
+    return peer
 
 def test_learns_both_towers_and_nothing_else(task):
     frozen = {k: v.clone() for k, v in task.clip.model.state_dict().items()}
@@ -78,7 +106,10 @@ def test_learns_both_towers_and_nothing_else(task):
 
 def test_the_same_seed_gives_the_same_bits_whatever_else_draws(task):
     a = fitted(task)
-    torch.manual_seed(99); np.random.seed(99); random.seed(99); torch.rand(5)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    torch.rand(5)
     state = torch.get_rng_state()
     b = fitted(task)
     assert torch.equal(torch.get_rng_state(), state) # and global randomness is left as it was
@@ -101,22 +132,28 @@ def test_a_loss_that_is_no_number(task):
             if Bad.calls == 4: self.before = self.state()
             return super().loss(task, batch, settings) * (float('nan') if Bad.calls == 4 else 1)
     peer = Bad()
-    with pytest.raises(Diverged, match=r'Both: the loss is nan in training step 4 with epochs 4, batch_size 4, lr 0.1, .*: lower lr; .*last_good.safetensors\.$'):
+    where = 'Both: the loss is nan in training step 4 with epochs 4, batch_size 4, lr 0.1, '
+    with pytest.raises(Diverged, match=where + r'.*: lower lr; .*last_good.safetensors\.$'):
         peer.fit(task, peer.settings(2))
     assert all(torch.equal(v, peer.before[k]) for k, v in peer.state().items())
     again = load_learned(Both(), task, task.folder/'last_good.safetensors')
-    assert torch.equal(again.logits(task, 'novel'), peer.logits(task, 'novel')) and torch.isfinite(again.logits(task, 'novel')).all()
+    logits = again.logits(task, 'novel')
+    assert torch.equal(logits, peer.logits(task, 'novel')) and torch.isfinite(logits).all()
 
 def test_a_step_that_breaks_the_parameters_is_undone(task):
     peer = Both()
-    with pytest.raises(Diverged, match='training step'): peer.fit(task, peer.settings(2, lr=1e38, warmup=0, weight_decay=1e5))
+    settings = peer.settings(2, lr=1e38, warmup=0, weight_decay=1e5)
+    with pytest.raises(Diverged, match='training step'): peer.fit(task, settings)
     assert all(v.isfinite().all() for v in peer.state().values())
 
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate")])
+ON_CPU = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate"
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError(ON_CPU)])
 def test_out_of_memory(task, error):
     class Big(Both):
         def loss(self, task, batch, settings): raise error
-    for kw, says in (dict(), 'lower batch_size (now 4), or set checkpointing to True'), (dict(batch_size=1, checkpointing=True), 'choose a smaller CLIP'):
+    least = dict(batch_size=1, checkpointing=True)
+    for kw, says in ({}, 'lower batch_size (now 4), or set checkpointing to True'), (least, 'choose a smaller CLIP'):
         with pytest.raises(IpoError) as e: Big().fit(task, Big().settings(2, **kw))
         assert str(e.value) == f'memory ran out in training step 1: {says}.'
 
@@ -128,7 +165,8 @@ def test_other_errors_are_not_hidden(task):
 def test_the_file_is_for_one_peer_one_class_list_and_one_clip(task, tmp_path):
     peer, file = fitted(task, epochs=1), tmp_path/'learned.safetensors'
     save_learned(peer, task, file)
-    for half in ('base', 'novel'): assert torch.equal(load_learned(Both(), task, file).logits(task, half), peer.logits(task, half))
+    again = load_learned(Both(), task, file)
+    for half in ('base', 'novel'): assert torch.equal(again.logits(task, half), peer.logits(task, half))
     class Other(Both): name, title = 'other', 'Other'
     with pytest.raises(IpoError, match=r'by another peer \(both\): train Other'): load_learned(Other(), task, file)
     task.base = task.base[::-1]
@@ -140,9 +178,10 @@ def test_the_file_is_for_one_peer_one_class_list_and_one_clip(task, tmp_path):
 
 def test_towers_that_a_peer_cannot_use(task):
     task.clip.model.visual = torch.nn.Flatten()
-    with pytest.raises(IpoError, match='Both puts learned tokens into a ViT image tower, and tiny has none: use mini'): fitted(task)
+    said = 'Both puts learned tokens into a'
+    with pytest.raises(IpoError, match=f'{said} ViT image tower, and tiny has none: use mini'): fitted(task)
     task.clip = tiny(text=dict(no_causal_mask=True), custom=True)
-    with pytest.raises(IpoError, match='Both puts learned tokens into a causal text tower'): fitted(task)
+    with pytest.raises(IpoError, match=f'{said} causal text tower'): fitted(task)
 
 def test_an_unreadable_picture_is_named(task, tmp_path):
     from ipo_nb.data import FileImage
@@ -151,6 +190,7 @@ def test_an_unreadable_picture_is_named(task, tmp_path):
     with pytest.raises(IpoError, match='empty.png is empty'): fitted(task)
 
 def test_every_subpackage_is_in_the_wheel():
-    folders = {p.parent.relative_to(project_dir()).as_posix().replace('/', '.') for p in project_dir().glob('ipo_nb/**/__init__.py')}
+    inits = [p.relative_to(project_dir()) for p in project_dir().glob('ipo_nb/**/__init__.py')]
+    folders = {'.'.join(p.parent.parts) for p in inits}
     setup = (project_dir()/'setup.py').read_text()
     assert folders == {'ipo_nb', 'ipo_nb.peers'} and "f'{lib}.peers'" in setup

@@ -43,7 +43,9 @@ class Row:
     @property
     def kind(self): return self.first['kind']
     @property
-    def place(self): return self.dataset, self.first['settings']['clip'], self.first['settings']['shots']
+    def shots(self): return self.first['settings']['shots']
+    @property
+    def place(self): return self.dataset, self.first['settings']['clip'], self.shots
     @property
     def numbers(self): return self.cell.nums() # base, novel, h -> `Num`
     @property

@@ -11,9 +11,10 @@ __all__ = ['TRAINING', 'tiny_clip', 'embed', 'text_forward', 'image_forward', 'S
 import json, math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 import numpy as np, open_clip, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from open_clip.model import get_input_dtype
 from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
@@ -21,7 +22,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.utils.checkpoint import checkpoint
-from fastcore.basics import patch
 from ..core import *
 from ..data import few_shot, halves, subset
 from ..scorer import Clip, check_length, image_features
@@ -34,10 +34,11 @@ def tiny_clip(custom:bool=False, # `CustomTextCLIP` instead of `CLIP`
              ) -> Clip: # on the CPU, float32
     "A CLIP of the shape of ViT-B/16, small and random, made in memory: for lessons and tests."
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    text = dict(width=width, heads=2, layers=layers)
+    vision = dict(image_size=32, patch_size=16, width=width, layers=layers, head_width=width//2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(embed_dim=24, text_cfg=dict(width=width, heads=2, layers=layers),
-                     vision_cfg=dict(image_size=32, patch_size=16, width=width, layers=layers, head_width=width//2))
+        model = kind(embed_dim=24, text_cfg=text, vision_cfg=vision)
     model.visual.preprocess_cfg = asdict(PreprocessCfg(size=32))
     return Clip('tiny', model.eval().requires_grad_(False), open_clip.get_tokenizer('ViT-B-16'))
 
@@ -47,17 +48,23 @@ def _through(blocks, x, mask=None, deep=None, checkpointing=False):
     again = checkpointing and torch.is_grad_enabled()
     for i, block in enumerate(blocks):
         if deep: x = deep(i, x)
-        x = checkpoint(block, x, None, None, mask, use_reentrant=False) if again else block(x, attn_mask=mask)
+        if again: x = checkpoint(block, x, None, None, mask, use_reentrant=False)
+        else: x = block(x, attn_mask=mask)
     return x
 
 # %% ../../nbs/peers/00_base.ipynb #428c3469
+def _ends(clip, ids):
+    "Position of the end token in each row of token ids [B, L]."
+    eos = clip.tower.eos
+    return ids.argmax(-1) if eos is None else (ids == eos).int().argmax(-1)
+
 def embed(clip:Clip, # loaded model with a causal text tower
           texts      # full texts
-         ) -> tuple: # embeddings [B, L, W] float32 without positions, L the longest text's tokens; position of each end token [B]
+         ) -> tuple: # embeddings [B, L, W] float32 without positions, L of the longest text; end tokens' positions [B]
     "Token embeddings of texts, as `text_forward` reads them."
     check_length(clip, list(texts), [''])
-    ids, eos = clip.tokenizer(list(texts)).to(clip.device), clip.tower.eos
-    ends = ids.argmax(-1) if eos is None else (ids == eos).int().argmax(-1)
+    ids = clip.tokenizer(list(texts)).to(clip.device)
+    ends = _ends(clip, ids)
     return clip.tower.embed(ids[:, :int(ends.max())+1]).float(), ends
 
 # %% ../../nbs/peers/00_base.ipynb #391a8e88
@@ -84,9 +91,13 @@ def image_forward(clip:Clip,   # loaded model with a ViT image tower
                  ) -> torch.Tensor: # [B, D], in the tower's precision, not normalised
     "What `encode_image` does, with room for learned tokens and with gradients."
     v = clip.model.visual
-    x = v._embeds(pixels); n = x.shape[1]
-    if extra is not None: x = torch.cat([x, v.ln_pre(extra.to(x.dtype)).expand(len(x), -1, -1)], 1)
-    pooled, _ = v._pool(_through(v.transformer.resblocks, x, deep=deep, checkpointing=checkpointing)[:, :n])
+    x = v._embeds(pixels)
+    n = x.shape[1]
+    if extra is not None:
+        more = v.ln_pre(extra.to(x.dtype))
+        x = torch.cat([x, more.expand(len(x), -1, -1)], 1)
+    x = _through(v.transformer.resblocks, x, deep=deep, checkpointing=checkpointing)
+    pooled, _ = v._pool(x[:, :n])
     return pooled if v.proj is None else pooled @ v.proj
 
 # %% ../../nbs/peers/00_base.ipynb #976617ba
@@ -100,7 +111,8 @@ class Slots:
     def fill(self, context # [M, W], [C, M, W], [B, 1, M, W] or [B, C, M, W]
             ) -> torch.Tensor: # [C, L, W] or [B, C, L, W]
         "The sentences with these vectors in the slots."
-        lead, rows = context.shape[:-3], torch.arange(len(self.at), device=self.at.device)[:, None]
+        lead = context.shape[:-3]
+        rows = torch.arange(len(self.at), device=self.at.device)[:, None]
         out = self.embeds.expand(*lead, *self.embeds.shape).clone()
         out[..., rows, self.at, :] = context.expand(*lead, *self.at.shape, -1).to(out.dtype)
         return out
@@ -108,8 +120,8 @@ class Slots:
 # %% ../../nbs/peers/00_base.ipynb #175a76ba
 def _row(clip, text):
     "Token ids of one text from start to end token."
-    ids, eos = clip.tokenizer([text])[0], clip.tower.eos
-    return ids[:1 + int(ids.argmax() if eos is None else (ids == eos).int().argmax())].tolist()
+    ids = clip.tokenizer([text])
+    return ids[0, :1 + int(_ends(clip, ids))].tolist()
 
 def slots(clip:Clip,  # loaded model with a causal text tower
           names,      # C class names
@@ -119,27 +131,33 @@ def slots(clip:Clip,  # loaded model with a causal text tower
          ) -> Slots: # ready to be filled
     "Class sentences with `m` holes (CoOp section 3.1). Raises `IpoError` where one overflows the context."
     check_length(clip, ' '.join(['x']*m) + f' {PLACEHOLDER}{rest}', names)
-    before, rows, at = dict(end=m, middle=m//2, front=0)[position], [], []
+    before = dict(end=m, middle=m//2, front=0)[position]
+    rows, at = [], []
     for name in names:
-        (start, *body, end), n = _row(clip, name + rest), len(_row(clip, name)) - 2
+        start, *body, end = _row(clip, name + rest)
+        n = len(_row(clip, name)) - 2
         rows.append([start, *[0]*before, *body[:n], *[0]*(m - before), *body[n:], end])
         at.append([*range(1, before + 1), *range(1 + before + n, 1 + m + n)])
-    ends = torch.tensor([len(r) - 1 for r in rows])
-    ids = torch.tensor([r + [0]*(int(ends.max()) + 1 - len(r)) for r in rows])
-    return Slots(*(x.to(clip.device) for x in (clip.tower.embed(ids.to(clip.device)).float(), torch.tensor(at, dtype=torch.long), ends)))
+    longest, tensor = max(map(len, rows)), partial(torch.tensor, device=clip.device)
+    ids = tensor([r + [0]*(longest - len(r)) for r in rows])
+    ends = tensor([len(r) - 1 for r in rows])
+    return Slots(clip.tower.embed(ids).float(), tensor(at, dtype=torch.long), ends)
 
 # %% ../../nbs/peers/00_base.ipynb #f7603211
 def word_vectors(clip:Clip, # loaded model with a causal text tower
                  text:str   # some words
                 ) -> torch.Tensor: # [tokens, W] float32
     "Token embeddings of a text, without start and end."
-    return clip.tower.embed(torch.tensor(_row(clip, text)[1:-1], device=clip.device)).float()
+    ids = torch.tensor(_row(clip, text)[1:-1], device=clip.device)
+    return clip.tower.embed(ids).float()
 
 # %% ../../nbs/peers/00_base.ipynb #e22f0ad4
 @dataclass
 class Task:
     "One comparison: a frozen CLIP, the few-shot images of the base classes, and both halves of the test images."
-    clip:Clip; base:list; novel:list # the model, and class names of the halves, in order
+    clip:Clip        # the model
+    base:list        # class names of the half that is learned from, in order
+    novel:list       # class names of the other half, in order
     few_shot:list    # items of the base half, labels from 0
     test:dict        # 'base' and 'novel' -> items, labels from 0 in each half
     template:str     # the hand-written prompt of the dataset's card
@@ -148,15 +166,17 @@ class Task:
     folder:Path=None # where learned tensors go; None: nowhere
     llm:object=None  # the optimizer LLM, for peers that need sentences
     scored:list=()   # the scored prompts of a finished IPO run on this task
-    _feats:dict = field(default_factory=dict, repr=False)
-    _views:dict = field(default_factory=dict, repr=False) # augmented or not -> features of epochs, shared by peers that learn texts only
+    _feats:dict = field(default_factory=dict, repr=False) # 'few_shot', 'base' or 'novel' -> features
+    _views:dict = field(default_factory=dict, repr=False) # augmented or not -> features of epochs, for the next peer
 
     def items(self, which): # of 'few_shot', 'base' or 'novel'
         return self.few_shot if which == 'few_shot' else self.test[which]
     def names(self, which): return self.novel if which == 'novel' else self.base
     def labels(self, which): return torch.tensor([i.label for i in self.items(which)])
     def feats(self, which): # [N, D] unit image features, float32 on the CPU, from the scorer's cache
-        if which not in self._feats: self._feats[which] = image_features(self.clip, [i.image for i in self.items(which)])[:]
+        if which not in self._feats:
+            images = [i.image for i in self.items(which)]
+            self._feats[which] = image_features(self.clip, images)[:]
         return self._feats[which]
 
 # %% ../../nbs/peers/00_base.ipynb #997d6e55
@@ -178,38 +198,63 @@ def crop_boxes(sizes:torch.Tensor, # [N, 2] width and height of each picture
                aspect=(3/4, 4/3)   # width to height
               ) -> torch.Tensor: # [N, 4] left, top, right, bottom
     "Boxes of random resized crops, as in CoOp's training."
-    W, H = sizes.float()[:, None].unbind(-1); u = torch.rand(4, len(sizes), 10, generator=gen)
-    share, ratio = area[0] + (area[1] - area[0])*u[0], torch.exp(torch.lerp(*map(torch.log, torch.tensor(aspect)), u[1]))
+    W, H = sizes.float()[:, None].unbind(-1)
+    u = torch.rand(4, len(sizes), 10, generator=gen)
+    share = area[0] + (area[1] - area[0])*u[0]
+    low, high = map(torch.log, torch.tensor(aspect))
+    ratio = torch.lerp(low, high, u[1]).exp()
     w, h = (W*H*share*ratio).sqrt().round(), (W*H*share/ratio).sqrt().round()
     fits = (w <= W) & (h <= H) & (w > 0) & (h > 0)
     x, y = (u[2]*(W - w + 1)).floor(), (u[3]*(H - h + 1)).floor()
     first = fits.int().argmax(1, keepdim=True)
     box = torch.stack([t.gather(1, first)[:, 0] for t in (x, y, x + w, y + h)], 1)
-    return torch.where(fits.any(1, keepdim=True), box, torch.cat([torch.zeros(len(sizes), 2), sizes], 1))
+    whole = torch.cat([torch.zeros(len(sizes), 2), sizes], 1)
+    return torch.where(fits.any(1, keepdim=True), box, whole)
 
 # %% ../../nbs/peers/00_base.ipynb #124bbd58
 class Images:
     "The few-shot images of a task, augmented or not."
-    def __init__(self, clip, items, augment=True, seed=1, keep=2**31, views=None):
-        self.clip, self.items, self.augment, self.seed, self.keep = clip, list(items), augment, seed, keep
-        self.views = {} if views is None else views # features by (epoch, draw), for the next peer on the same images
-        self.labels, self._kept = torch.tensor([i.label for i in items], device=clip.device), {}
+    def __init__(self, clip, items, # a loaded model, items of a `Task`
+                 augment=True, # random crops and flips
+                 seed=1,       # of crops, flips and order
+                 keep=2**31,   # bytes of decoded pictures that stay in memory
+                 views=None    # features by (epoch, draw) that the next peer reads again
+                ):
+        self.clip, self.items = clip, list(items)
+        self.augment, self.seed, self.keep = augment, seed, keep
+        self.views = {} if views is None else views
+        self.labels = torch.tensor([i.label for i in items], device=clip.device)
+        self._kept = {}
+
     def __len__(self): return len(self.items)
     def _random(self, *parts): return torch.Generator().manual_seed(seed_for('peers', self.seed, *parts))
-
-    def picture(self, i): # PIL, RGB
-        if i in self._kept: return self._kept[i]
-        im = self.items[i].image.open().convert('RGB')
-        if self.keep > 0: self._kept[i] = im; self.keep -= 3*im.width*im.height
-        return im
-
-    def _views(self, epoch, draw): # boxes [N, 4] and flips [N] of all images
-        gen = self._random('view', epoch, draw)
-        return crop_boxes(self.sizes, gen), torch.rand(len(self), generator=gen) < .5
     @cached_property
     def sizes(self): return torch.tensor([self.picture(i).size for i in range(len(self))])
 
+# %% ../../nbs/peers/00_base.ipynb #d4dd6cc3
+@patch
+def picture(self:Images, i:int # which image
+           ): # PIL, RGB
+    "One image, decoded once as long as there is room. Raises `IpoError` for an unreadable one."
+    if i in self._kept: return self._kept[i]
+    im = self.items[i].image.open().convert('RGB')
+    if self.keep > 0:
+        self._kept[i] = im
+        self.keep -= 3*im.width*im.height
+    return im
+
+@patch
+def _views(self:Images, epoch, draw): # boxes [N, 4] and flips [N] of all images
+    gen = self._random('view', epoch, draw)
+    return crop_boxes(self.sizes, gen), torch.rand(len(self), generator=gen) < .5
+
 # %% ../../nbs/peers/00_base.ipynb #95af83de
+def _cut(clip, picture, box):
+    "A box of a picture in the size and interpolation of the model's own transform, uint8 [H, W, 3]."
+    size, how = clip.transform['size'], clip.transform['interpolation']
+    size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
+    return np.asarray(picture.resize(size, Image.Resampling[how.upper()], box=box))
+
 def _normalise(clip, pictures, flips):
     "A batch [B, 3, H, W] of uint8 pictures as the model wants it."
     mean, std = (255*torch.tensor(clip.transform[k]).view(3, 1, 1) for k in ('mean', 'std'))
@@ -217,26 +262,40 @@ def _normalise(clip, pictures, flips):
     x[flips] = x[flips].flip(-1)
     return x.sub_(mean).div_(std)
 
+# %% ../../nbs/peers/00_base.ipynb #2b374c09
 @patch
 def pixels(self:Images,
            rows,      # indices of images
            epoch:int=0, draw:int=0 # which of the random views
           ) -> torch.Tensor: # [B, 3, H, W] on the model's device
     "What the model sees of some images. Raises `IpoError` for an unreadable one."
-    pre, rows = self.clip.transform, torch.as_tensor(rows).tolist()
-    size = (pre['size'],)*2 if isinstance(pre['size'], int) else tuple(pre['size'])[::-1]
+    clip, rows = self.clip, torch.as_tensor(rows).tolist()
     boxes, flips = self._views(epoch, draw) if self.augment else (None, None)
-    def cut(i): return np.asarray(self.picture(i).resize(size, Image.Resampling[pre['interpolation'].upper()], box=boxes[i].tolist()))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        shown = list(pool.map(cut if self.augment else lambda i: self.clip.preprocess(self.picture(i)), rows))
-    x = _normalise(self.clip, shown, flips[rows]) if self.augment else torch.stack(shown)
-    return x.to(self.clip.device, get_input_dtype(self.clip.precision) or torch.float32).contiguous(memory_format=torch.channels_last)
+    def look(i):
+        if not self.augment: return clip.preprocess(self.picture(i))
+        return _cut(clip, self.picture(i), boxes[i].tolist())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: seen = list(pool.map(look, rows))
+    x = _normalise(clip, seen, flips[rows]) if self.augment else torch.stack(seen)
+    dtype = get_input_dtype(clip.precision) or torch.float32
+    return x.to(clip.device, dtype).contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/peers/00_base.ipynb #7e21cf99
 _VIEWS = 2**29 # bytes of features that are kept from epoch to epoch, and for the next peer
 
-def _bytes(t): return t.numel()*t.element_size()
+def _keep(views, key, feats):
+    "Put features into `views`, from which the oldest make room."
+    size = lambda t: t.numel()*t.element_size()
+    while views and sum(map(size, views.values())) + size(feats) > _VIEWS: del views[next(iter(views))]
+    views[key] = feats
 
+def _encode(images, epoch, draw, chunk):
+    "Unit features [N, D] of one random view of all images."
+    clip = images.clip
+    parts = torch.arange(len(images)).split(chunk or (256 if clip.device == 'cuda' else 32))
+    seen = (clip.model.encode_image(images.pixels(rows, epoch, draw)) for rows in parts)
+    return torch.cat([F.normalize(x.float(), dim=-1) for x in seen])
+
+# %% ../../nbs/peers/00_base.ipynb #6cc0d54f
 @patch
 @torch.no_grad()
 def feats(self:Images, epoch:int=0, draw:int=0, # which of the random views
@@ -245,20 +304,21 @@ def feats(self:Images, epoch:int=0, draw:int=0, # which of the random views
     "Frozen features of all images in one epoch."
     if not self.augment: epoch = draw = 0
     if (epoch, draw) in self.views: return self.views[epoch, draw]
-    if not self.augment: found = image_features(self.clip, [i.image for i in self.items])[:].to(self.clip.device)
-    else:
-        parts = torch.arange(len(self)).split(chunk or (256 if self.clip.device == 'cuda' else 32))
-        found = torch.cat([F.normalize(self.clip.model.encode_image(self.pixels(p, epoch, draw)).float(), dim=-1) for p in parts])
-    while self.views and sum(map(_bytes, self.views.values())) + _bytes(found) > _VIEWS: del self.views[next(iter(self.views))] # the oldest
-    self.views[epoch, draw] = found
+    if self.augment: found = _encode(self, epoch, draw, chunk)
+    else: found = image_features(self.clip, [i.image for i in self.items])[:].to(self.clip.device)
+    _keep(self.views, (epoch, draw), found)
     return found
 
 # %% ../../nbs/peers/00_base.ipynb #4ca5eb54
 @dataclass
 class Batch:
     "Some images of one epoch."
-    images:Images; rows:torch.Tensor; epoch:int # where they come from, indices [B], from 0
-    def view(self, draw=0): return self.images.pixels(self.rows, self.epoch, draw) # [B, 3, H, W]; draw 1, 2, ...: further crops
+    images:Images     # where they come from
+    rows:torch.Tensor # [B] indices
+    epoch:int         # from 0
+
+    def view(self, draw=0): # [B, 3, H, W]; draw 1, 2, ...: further crops
+        return self.images.pixels(self.rows, self.epoch, draw)
     @cached_property
     def pixels(self): return self.view(0)
     @property
@@ -266,6 +326,7 @@ class Batch:
     @property
     def labels(self): return self.images.labels[self.rows]
 
+# %% ../../nbs/peers/00_base.ipynb #55311438
 @patch
 def batches(self:Images, epoch:int, # from 0
             size:int # images a batch
@@ -307,20 +368,23 @@ def _memory_error(settings, step):
     return IpoError(f"memory ran out in training step {step}: {mend}.")
 
 # %% ../../nbs/peers/00_base.ipynb #3dbc50e5
-def _step(params, opt, scaler, loss_fn, batch, settings):
+def _step(opt, scaler, loss_fn, batch, settings):
     "One step of SGD; returns the loss."
     kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[settings['amp']]
     opt.zero_grad()
     with torch.autocast(batch.images.clip.device, kind, enabled=settings['amp'] != 'none'): loss = loss_fn(batch)
-    scaler.scale(loss).backward(); scaler.step(opt); scaler.update()
+    scaler.scale(loss).backward()
+    scaler.step(opt)
+    scaler.update()
     return loss.item()
 
+# %% ../../nbs/peers/00_base.ipynb #8237504c
 def _back(params, good):
     with torch.no_grad():
         for p, g in zip(params, good): p.copy_(g)
 
 def _guarded(step, params, good, n, settings):
-    "The loss of `step()`. Where it is no number, goes back to `good`, the last parameters whose loss was one, and raises."
+    "The loss of `step()`. Where it is no number, goes back to `good`, the last good parameters, and raises."
     before = [p.detach().clone() for p in params]
     try: loss = step()
     except RuntimeError as e:
@@ -329,7 +393,8 @@ def _guarded(step, params, good, n, settings):
     if math.isfinite(loss): good[:] = before
     if math.isfinite(loss) and all(p.isfinite().all() for p in params): return loss
     _back(params, good)
-    raise Diverged(f"the loss is {loss} in training step {n} with {_told(settings)}: lower lr; the last good state is kept.")
+    what = f"the loss is {loss} in training step {n} with {_told(settings)}"
+    raise Diverged(f"{what}: lower lr; the last good state is kept.")
 
 # %% ../../nbs/peers/00_base.ipynb #081be48e
 def train(parameters, # tensors that require gradients
@@ -341,13 +406,13 @@ def train(parameters, # tensors that require gradients
     "Train as CoOp does. Raises `Diverged` for a loss that is no number, `IpoError` where memory runs out."
     params, losses, n = list(parameters), [], 0
     good = [p.detach().clone() for p in params]
-    opt = torch.optim.SGD(params, lr=settings['lr'], momentum=settings['momentum'], weight_decay=settings['weight_decay'])
+    opt = torch.optim.SGD(params, **{k: settings[k] for k in ('lr', 'momentum', 'weight_decay')})
     scaler = torch.amp.GradScaler(images.clip.device, enabled='fp16' in (settings['amp'], images.clip.precision))
     for epoch in range(settings['epochs']):
         for group in opt.param_groups: group['lr'] = rate(epoch, settings)
         total = 0.
-        for batch in images.batches(epoch, settings['batch_size']):
-            n += 1; step = lambda: _step(params, opt, scaler, loss_fn, batch, settings)
+        for n, batch in enumerate(images.batches(epoch, settings['batch_size']), n + 1):
+            step = partial(_step, opt, scaler, loss_fn, batch, settings)
             total += _guarded(step, params, good, n, settings) * len(batch.rows)
         losses.append(total/len(images))
         if each_epoch: each_epoch(epoch)
@@ -356,39 +421,61 @@ def train(parameters, # tensors that require gradients
 # %% ../../nbs/peers/00_base.ipynb #62e860af
 class Peer:
     "One method of the tables."
-    name = title = source = ''   # as in `peers=`, in tables, and the paper it is from
-    kind = 'gradient'            # gradient, words or llm
-    defaults, by_shots, choices = {}, {}, {} # settings; most shots -> changes; setting -> its values
+    name = title = source = '' # as in `peers=`, in tables, and the paper it is from
+    kind = 'gradient'          # gradient, words or llm
+    needs, uses = (), ()       # what it cannot do without (text, image: towers; llm, scored); what it takes if there
+    defaults, by_shots = {}, {} # settings of the paper; most shots -> what changes
+    choices = {}               # setting -> its values
+    used, note = None, ''      # settings of `fit` or `load`; what the reader of its row must know
 
-    def settings(self, shots:int=1, # few-shot images a class
-                 **changes # what differs from the paper
-                ) -> dict: # complete and checked
-        "The paper's settings for a number of shots, with changes. Raises `IpoError` for a name or value that makes no sense."
-        most = min([s for s in self.by_shots if s >= shots] or list(self.by_shots)[-1:], default=None)
-        out = self.defaults | self.by_shots.get(most, {})
-        for k, v in changes.items(): out[k] = self._checked(k, v)
-        return out
-
-    def fit(self, task, settings): "Learn; returns `cost(...)`."; raise NotImplementedError
-    def logits(self, task, which): "Scores [N, C] of the 'base' or 'novel' test images over their classes."; raise NotImplementedError
-    def state(self): "What was learned, name -> tensor."; return {}
-    def load(self, task, settings, state): "Take up a state instead of learning."; raise NotImplementedError
-    def explain(self, task): "What the record tells of it beside the accuracies."; return {}
+    def fit(self, task, settings):
+        "Learn from a `Task`, keep `settings` as `used`; returns `cost(...)`."
+        raise NotImplementedError
+    def logits(self, task, which):
+        "Scores [N, C] of the 'base' or 'novel' test images over their classes, on the CPU."
+        raise NotImplementedError
+    def load(self, task, settings, state):
+        "Take up a state instead of learning."
+        raise NotImplementedError
+    def state(self): return {} # what was learned, name -> tensor
+    def texts(self): return [] # prompts, or class -> texts, for the record
+    def explain(self, task): return {} # what the record tells of it beside the accuracies
 
 # %% ../../nbs/peers/00_base.ipynb #2e652b15
+def _check_number(key, value, said):
+    "Raises `IpoError` for a number out of range."
+    above = key in ('epochs', 'batch_size', 'chunk', 'lr')
+    if not 0 <= value < math.inf or above and value <= 0:
+        raise IpoError(f"{said}: give a number above 0, and a finite one.")
+    if key.endswith('_share') and value > 1: raise IpoError(f"{said}: give a share between 0 and 1.")
+
 @patch
 def _checked(self:Peer, key, value):
     "The value of a setting, or `IpoError`."
-    if key not in self.defaults: raise IpoError(f"{self.title} has no setting '{key}'{nearest(key, self.defaults)}: there are {', '.join(self.defaults)}.")
+    if key not in self.defaults:
+        there = f"{nearest(key, self.defaults)}: there are {', '.join(self.defaults)}"
+        raise IpoError(f"{self.title} has no setting '{key}'{there}.")
     was, known = self.defaults[key], self.choices | dict(amp=('none', 'bf16', 'fp16'))
     if key in known and value not in known[key]:
-        raise IpoError(f"{key} of {self.title} cannot be {value!r}{nearest(value, map(str, known[key]))}: choose one of {', '.join(map(str, known[key]))}.")
+        values = list(map(str, known[key]))
+        there = f"{nearest(value, values)}: choose one of {', '.join(values)}"
+        raise IpoError(f"{key} of {self.title} cannot be {value!r}{there}.")
     if isinstance(was, float) and type(value) is int: value = float(value)
-    if was is not None and type(value) is not type(was): raise IpoError(f"{key} of {self.title} must be like {was!r}, and is {value!r}.")
-    if type(value) in (int, float) and not 0 <= value < math.inf or key in ('epochs', 'batch_size', 'chunk', 'lr') and value <= 0:
-        raise IpoError(f"{key} of {self.title} is {value!r}: give a number above 0, and a finite one.")
-    if key.endswith('_share') and value > 1: raise IpoError(f"{key} of {self.title} is {value!r}: give a share between 0 and 1.")
+    if was is not None and type(value) is not type(was):
+        raise IpoError(f"{key} of {self.title} must be like {was!r}, and is {value!r}.")
+    if type(value) in (int, float): _check_number(key, value, f"{key} of {self.title} is {value!r}")
     return value
+
+# %% ../../nbs/peers/00_base.ipynb #fabbd273
+@patch
+def settings(self:Peer, shots:int=1, # few-shot images a class
+             **changes # what differs from the paper
+            ) -> dict: # complete and checked
+    "The paper's settings for a number of shots, with changes. Raises `IpoError` for a wrong name or value."
+    most = min([s for s in self.by_shots if s >= shots] or list(self.by_shots)[-1:], default=None)
+    out = self.defaults | self.by_shots.get(most, {})
+    for k, v in changes.items(): out[k] = self._checked(k, v)
+    return out
 
 def cost(parameters:int=0, images:int=0, # trained numbers; images seen in training, with repetition
          calls:int=0, tokens_in:int=0, tokens_out:int=0 # of an LLM
@@ -397,47 +484,67 @@ def cost(parameters:int=0, images:int=0, # trained numbers; images seen in train
     return dict(parameters=parameters, images=images, calls=calls, tokens_in=tokens_in, tokens_out=tokens_out)
 
 # %% ../../nbs/peers/00_base.ipynb #2c74cdb2
-_TOWERS = dict(text="a causal text tower", image="a ViT image tower")
-
 class Learner(Peer):
     "A method that trains tensors by gradients."
     needs = ('text',) # towers it reaches into: text, image
 
-    def build(self, task, settings): "A module with all trainable tensors."; raise NotImplementedError
-    def loss(self, task, batch, settings): "A scalar."; raise NotImplementedError
-    def text(self, task, names): "Class weights [C, D], normalised."; raise NotImplementedError
+    def build(self, task, settings):
+        "A module with all trainable tensors."
+        raise NotImplementedError
+    def loss(self, task, batch, settings):
+        "A scalar, of one `Batch`."
+        raise NotImplementedError
+    def text(self, task, names):
+        "Class weights [C, D], normalised."
+        raise NotImplementedError
     def image(self, task, which): return task.feats(which).to(task.clip.device) # [N, D], normalised
     def each_epoch(self, epoch): "Called after each epoch."
+    def state(self): return {k: v.detach().cpu().contiguous() for k, v in self.learned.state_dict().items()}
 
     @torch.no_grad()
     def logits(self, task, which):
-        return (task.clip.logit_scale * self.image(task, which) @ self.text(task, task.names(which)).T).float().cpu()
-    def state(self): return {k: v.detach().cpu().contiguous() for k, v in self.learned.state_dict().items()}
+        image, text = self.image(task, which), self.text(task, task.names(which))
+        return (task.clip.logit_scale * image @ text.T).float().cpu()
 
 # %% ../../nbs/peers/00_base.ipynb #0eb2f3a2
+_TOWERS = dict(text="a causal text tower", image="a ViT image tower")
+
+def _check_towers(peer, clip):
+    "Raises `IpoError` for a tower that the method cannot use."
+    has = dict(text=clip.causal, image=type(clip.model.visual) is VisionTransformer)
+    for tower in peer.needs:
+        if has.get(tower, True): continue
+        what = f"{peer.title} puts learned tokens into {_TOWERS[tower]}, and {clip.spec} has none"
+        raise IpoError(f"{what}: use mini or ViT-B-16/openai, or leave {peer.name} out of peers.")
+
 @patch
 def prepare(self:Learner, task:Task, settings:dict # what to learn, and how
            ) -> None:
     "Look at the towers and build the module. Raises `IpoError` for a tower that the method cannot use."
-    has = dict(text=task.clip.causal, image=type(task.clip.model.visual) is VisionTransformer)
-    for tower in self.needs:
-        if not has[tower]:
-            raise IpoError(f"{self.title} puts learned tokens into {_TOWERS[tower]}, and {task.clip.spec} has none: use mini or ViT-B-16/openai, or leave {self.name} out of peers.")
+    _check_towers(self, task.clip)
     self.used = settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for('peers', task.seed, self.name))
         self.learned = self.build(task, settings).to(task.clip.device)
+
+# %% ../../nbs/peers/00_base.ipynb #c03c152b
+def _diverged(peer, task, error):
+    "The error of a training that diverged, with the file of the last good state."
+    said = f'{peer.title}: {str(error)[:-1]}'
+    if not task.folder: return Diverged(f'{said}.')
+    file = save_learned(peer, task, task.folder/'last_good.safetensors')
+    return Diverged(f'{said} in {file.name}.')
 
 @patch
 def fit(self:Learner, task, settings):
     "Learn; returns `cost(...)`. Raises `Diverged`, and leaves the last good state in the task's folder."
     self.prepare(task, settings)
     views = task._views.setdefault(settings['augment'], {})
-    images, params = Images(task.clip, task.few_shot, settings['augment'], task.seed, views=views), list(self.learned.parameters())
-    try: self.losses = train(params, lambda b: self.loss(task, b, settings), images, settings, self.each_epoch)
-    except Diverged as e:
-        kept = f' in {save_learned(self, task, task.folder/"last_good.safetensors").name}' if task.folder else ''
-        raise Diverged(f'{self.title}: {str(e)[:-1]}{kept}.') from e
+    images = Images(task.clip, task.few_shot, settings['augment'], task.seed, views=views)
+    params = list(self.learned.parameters())
+    loss = lambda batch: self.loss(task, batch, settings)
+    try: self.losses = train(params, loss, images, settings, self.each_epoch)
+    except Diverged as e: raise _diverged(self, task, e) from e
     return cost(sum(p.numel() for p in params), len(images)*settings['epochs'])
 
 # %% ../../nbs/peers/00_base.ipynb #1fdfc57a
@@ -446,25 +553,31 @@ def load(self:Learner, task, settings, state):
     "Take up a learned state instead of training. Raises `IpoError` for tensors of another shape."
     self.prepare(task, settings)
     try: self.learned.load_state_dict(state)
-    except RuntimeError as e: raise IpoError(f"the learned tensors do not fit {self.title} with {_told(settings)}: learn them again.") from e
+    except RuntimeError as e:
+        what = f"the learned tensors do not fit {self.title} with {_told(settings)}"
+        raise IpoError(f"{what}: learn them again.") from e
 
 # %% ../../nbs/peers/00_base.ipynb #dbecba91
 def _origin(peer, task): return dict(peer=peer.name, classes=sha(task.base), clip=task.clip.weights[1])
 
-def save_learned(peer:Learner, task:Task, path # a fitted peer, its task, the file
+def save_learned(peer:Peer, task:Task, path # a fitted peer, its task, the file
                 ) -> Path: # the file
     "Write what a peer has learned."
     meta = _origin(peer, task) | dict(settings=json.dumps(peer.used, sort_keys=True))
     return write_text(path, to_bytes(peer.state(), meta))
 
-def load_learned(peer:Learner, task:Task, path # an empty peer, the task, the file
-                ) -> Learner: # the peer
+_OTHERS = dict(peer='by another peer', classes='on another class list', clip='on another CLIP')
+
+def load_learned(peer:Peer, task:Task, path # an empty peer, the task, the file
+                ) -> Peer: # the peer
     "Read what was learned. Raises `IpoError` for a damaged file, or one of another peer, class list or CLIP."
     try:
         with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError) as e: raise IpoError(f"{path} cannot be read: delete it and train {peer.title} again.") from e
-    for k, what in dict(peer='another peer', classes='another class list', clip='another CLIP').items():
-        if meta.get(k) != _origin(peer, task)[k]:
-            raise IpoError(f"{path} was learned {'by' if k == 'peer' else 'on'} {what}{' (' + str(meta.get(k)) + ')' if k == 'peer' else ''}: train {peer.title} on this task, or give its own file.")
+    except (OSError, SafetensorError) as e:
+        raise IpoError(f"{path} cannot be read: delete it and train {peer.title} again.") from e
+    for k, wanted in _origin(peer, task).items():
+        if meta.get(k) == wanted: continue
+        what = f"{_OTHERS[k]} ({meta.get(k)})" if k == 'peer' else _OTHERS[k]
+        raise IpoError(f"{path} was learned {what}: train {peer.title} on this task, or give its own file.")
     peer.load(task, json.loads(meta['settings']), state)
     return peer

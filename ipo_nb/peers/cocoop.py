@@ -7,8 +7,8 @@ __all__ = ['CoCoOp']
 
 # %% ../../nbs/peers/02_cocoop.ipynb #0079a7ee
 import torch, torch.nn.functional as F
-from torch import nn
 from fastcore.basics import patch
+from torch import nn
 from ..core import *
 from .base import *
 from .coop import CoOp, first_context, token_importance
@@ -18,7 +18,8 @@ class _Conditional(nn.Module):
     "A context and the network that shifts it."
     def __init__(self, context, dim): # [M, W] and the length of image features
         super().__init__()
-        self.context, hidden = nn.Parameter(context), max(1, dim//16)
+        hidden = max(1, dim//16)
+        self.context = nn.Parameter(context)
         self.meta = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, context.shape[-1]))
     def forward(self, feats): # [B, D] -> [B, 1, M, W]: a context for each image, shared by the classes
         return (self.context + self.meta(feats)[:, None])[:, None]
@@ -33,7 +34,8 @@ class CoCoOp(Learner):
         chunk=1024)              # sentences at a time
 
     def build(self, task, settings):
-        self.sentences, dim = {}, text_forward(task.clip, *embed(task.clip, ['a'])).shape[1] # as long as image features
+        self.sentences = {}
+        dim = text_forward(task.clip, *embed(task.clip, ['a'])).shape[1] # as long as image features
         return _Conditional(first_context(task.clip, settings['context'], settings['init']), dim)
     slots = CoOp.slots # the class sentences are CoOp's
 
@@ -46,18 +48,24 @@ def explain(self:CoCoOp, task):
 
 # %% ../../nbs/peers/02_cocoop.ipynb #5b1d0003
 @patch
+def _texts(self:CoCoOp, task, s, contexts): # [b*C, D] unit length, a class sentence for each of b images
+    sentences, ends = s.fill(contexts).flatten(0, 1), s.ends.repeat(len(contexts))
+    parts = zip(sentences.split(self.used['chunk']), ends.split(self.used['chunk']))
+    feats = [text_forward(task.clip, x, e, checkpointing=self.used['checkpointing']) for x, e in parts]
+    return F.normalize(torch.cat(feats).float(), dim=-1)
+
+@patch
 def conditional(self:CoCoOp, task:Task, feats:torch.Tensor, names # [B, D] unit image features, C class names
                ) -> torch.Tensor: # [B, C] CLIP's logits
     "Each image against the class sentences that are its own."
     s, contexts, out = self.slots(task, names), self.learned(feats), []
-    for f, ctx in zip(feats.split(step := max(1, self.used['chunk']//len(names))), contexts.split(step)):
-        sentences = s.fill(ctx).flatten(0, 1) # [b*C, L, W]
-        parts = zip(sentences.split(self.used['chunk']), s.ends.repeat(len(f)).split(self.used['chunk']))
-        texts = torch.cat([text_forward(task.clip, x, e, checkpointing=self.used['checkpointing']) for x, e in parts])
-        texts = F.normalize(texts.float(), dim=-1).view(len(f), len(names), -1)
+    step = max(1, self.used['chunk']//len(names)) # images at a time
+    for f, ctx in zip(feats.split(step), contexts.split(step)):
+        texts = self._texts(task, s, ctx).view(len(f), len(names), -1)
         out.append(task.clip.logit_scale * torch.einsum('bd,bcd->bc', f, texts))
     return torch.cat(out)
 
+# %% ../../nbs/peers/02_cocoop.ipynb #1f58e177
 @patch
 def loss(self:CoCoOp, task, batch, settings):
     "Cross-entropy over the base classes."

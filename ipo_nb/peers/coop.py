@@ -22,8 +22,9 @@ def first_context(clip, # loaded model
     if init == 'auto': init = 'a photo of a' if m == 4 else 'random'
     if init == 'random': return .02*torch.randn(m, clip.tower.position.shape[1])
     found = word_vectors(clip, init)
-    if len(found) != m: raise IpoError(f"init '{init}' has {len(found)} tokens and context is {m}: set context to {len(found)}, or init to 'random'.")
-    return found.clone()
+    n = len(found)
+    if n == m: return found.clone()
+    raise IpoError(f"init '{init}' has {n} tokens and context is {m}: set context to {n}, or init to 'random'.")
 
 # %% ../../nbs/peers/01_coop.ipynb #0d353d87
 class CoOp(Learner):
@@ -43,8 +44,8 @@ class CoOp(Learner):
         return torch.nn.ParameterDict(dict(context=ctx))
 
     def slots(self, task, names): # made once for each list of names
-        key = tuple(names)
-        if key not in self.sentences: self.sentences[key] = slots(task.clip, names, self.used['context'], self.used.get('position', 'end'))
+        key, where = tuple(names), self.used.get('position', 'end')
+        if key not in self.sentences: self.sentences[key] = slots(task.clip, names, self.used['context'], where)
         return self.sentences[key]
 
 # %% ../../nbs/peers/01_coop.ipynb #c25ac8ef
@@ -54,12 +55,14 @@ def text(self:CoOp, task:Task, names # class names
     "One text feature a class, under the learned context."
     s, ctx = self.slots(task, names), self.learned['context']
     if ctx.ndim == 3 and list(names) != list(task.base): ctx = ctx.mean(0)
-    return F.normalize(text_forward(task.clip, s.fill(ctx), s.ends, checkpointing=self.used['checkpointing']).float(), dim=-1)
+    feats = text_forward(task.clip, s.fill(ctx), s.ends, checkpointing=self.used['checkpointing'])
+    return F.normalize(feats.float(), dim=-1)
 
 @patch
 def loss(self:CoOp, task, batch, settings):
     "Cross-entropy over the base classes."
-    return F.cross_entropy(task.clip.logit_scale * batch.feats @ self.text(task, task.base).T, batch.labels)
+    text = self.text(task, task.base)
+    return F.cross_entropy(task.clip.logit_scale * batch.feats @ text.T, batch.labels)
 
 # %% ../../nbs/peers/01_coop.ipynb #7e33ce32
 @torch.no_grad()
@@ -69,8 +72,10 @@ def nearest_words(clip,    # loaded model with a causal text tower
                  ) -> list: # for each vector, `k` pairs (word, Euclidean distance), the nearest first
     "Vocabulary entries nearest to vectors (CoOp section 4.4)."
     vocabulary = clip.tower.embed.weight.float().cpu()
-    far, ids = torch.cdist(vectors.float().cpu(), vocabulary, compute_mode='donot_use_mm_for_euclid_dist').topk(k, largest=False)
-    return [[(clip.tokenizer.decode([i]).strip(), round(d, 4)) for i, d in zip(*pair)] for pair in zip(ids.tolist(), far.tolist())]
+    exact = 'donot_use_mm_for_euclid_dist' # a matrix product would lose the small distances
+    far, ids = torch.cdist(vectors.float().cpu(), vocabulary, compute_mode=exact).topk(k, largest=False)
+    def pair(i, d): return clip.tokenizer.decode([i]).strip(), round(d, 4)
+    return [list(map(pair, i, d)) for i, d in zip(ids.tolist(), far.tolist())]
 
 # %% ../../nbs/peers/01_coop.ipynb #fdf185ca
 def without(peer, # a fitted CoOp or CoCoOp
@@ -78,15 +83,19 @@ def without(peer, # a fitted CoOp or CoCoOp
             k:int # which vector, from 0
            ): # a new peer of the same kind
     "The peer with its `k`-th vector removed and the others as they were learned."
-    state, used, shorter = peer.state(), peer.used, type(peer)()
-    keep = [i for i in range(used['context']) if i != k]
-    shorter.load(task, used | dict(context=len(keep), init='random'), state | dict(context=state['context'][..., keep, :]))
+    state, shorter = peer.state(), type(peer)()
+    keep = [i for i in range(peer.used['context']) if i != k]
+    settings = peer.used | dict(context=len(keep), init='random')
+    shorter.load(task, settings, state | dict(context=state['context'][..., keep, :]))
     return shorter
 
 # %% ../../nbs/peers/01_coop.ipynb #e948b378
 def _accuracies(peer, task):
     "Base, novel and H of a peer."
-    base, novel = (accuracy((peer.logits(task, h).argmax(-1) == task.labels(h)).numpy()) for h in ('base', 'novel'))
+    def reached(half):
+        found = peer.logits(task, half).argmax(-1)
+        return accuracy((found == task.labels(half)).numpy())
+    base, novel = map(reached, ('base', 'novel'))
     return dict(base=base, novel=novel, h=harmonic_mean(base, novel))
 
 def token_importance(peer, # a fitted CoOp or CoCoOp
@@ -97,17 +106,23 @@ def token_importance(peer, # a fitted CoOp or CoCoOp
     ctx = peer.state()['context']
     words = nearest_words(task.clip, ctx if ctx.ndim == 2 else ctx.mean(0), k)
     rows = [dict(removed=None, words=[], **_accuracies(peer, task))]
-    return rows + [dict(removed=i, words=w, **_accuracies(without(peer, task, i), task)) for i, w in enumerate(words)]
+    for i, near in enumerate(words):
+        rows.append(dict(removed=i, words=near, **_accuracies(without(peer, task, i), task)))
+    return rows
 
 @patch
 def explain(self:CoOp, task): return dict(tokens=token_importance(self, task)) # of its record
 
 # %% ../../nbs/peers/01_coop.ipynb #ba21202e
+def _shown(word): return escape(word).replace('|', '&#124;').replace('`', '&#96;') # in a Markdown table
+
 def importance_table(rows:list, # of `token_importance`
                      title:str  # of the peer
                     ) -> str: # Markdown
     "Table 1b for one peer."
-    def said(r): return ', '.join(f"{escape(w).replace('|', '&#124;').replace('`', '&#96;')} ({d:.2f})" for w, d in r['words']) or '-'
-    def named(r): return 'nothing' if r['removed'] is None else f"$v_{{{r['removed'] + 1}}}$"
-    head = f'| {escape(title)}: removed | nearest words (distance) | base | novel | H |\n|---|---|---:|---:|---:|\n'
-    return head + '\n'.join(f"| {named(r)} | {said(r)} | {r['base']:.2f} | {r['novel']:.2f} | {r['h']:.2f} |" for r in rows)
+    out = [f'| {escape(title)}: removed | nearest words (distance) | base | novel | H |', '|---|---|---:|---:|---:|']
+    for r in rows:
+        words = ', '.join(f"{_shown(w)} ({d:.2f})" for w, d in r['words']) or '-'
+        removed = 'nothing' if r['removed'] is None else f"$v_{{{r['removed'] + 1}}}$"
+        out.append(f"| {removed} | {words} | {r['base']:.2f} | {r['novel']:.2f} | {r['h']:.2f} |")
+    return '\n'.join(out)

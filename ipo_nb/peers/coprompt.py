@@ -19,7 +19,8 @@ class Adapter(torch.nn.Module):
     "A residual bottleneck on features (CoPrompt section 3)."
     def __init__(self, width, share, reduction=4): # feature width, share of the new
         super().__init__()
-        self.down, self.up = (torch.nn.Linear(a, b, bias=False) for a, b in ((width, width//reduction), (width//reduction, width)))
+        self.down = torch.nn.Linear(width, width//reduction, bias=False)
+        self.up = torch.nn.Linear(width//reduction, width, bias=False)
         self.share = share
 
     def forward(self, x):
@@ -27,24 +28,30 @@ class Adapter(torch.nn.Module):
         return (1 - self.share)*x + self.share*new
 
 # %% ../../nbs/peers/05_coprompt.ipynb #56971cb5
+def _repeated(texts, n): return [texts[k % len(texts)] for k in range(n)] # n of them, from the first again
+
 def told(task, n:int # sentences a class
         ) -> tuple: # frozen features [n, C, D], what they were made of in words, `cost(...)`
     "What the frozen text tower reads about the base classes (CoPrompt section 3)."
-    if task.llm is None: found, spent = {}, cost()
-    else: found, spent = describe_classes(task.llm, task.base, task.clip, n, task.seed, folder=task.folder)
-    texts = [found.get(c) or [task.template] for c in task.base]
-    own = sum(bool(found.get(c)) for c in task.base)
-    feats = [text_features(task.clip, [t[k % len(t)] for k in range(n)], [c])[:, 0] for t, c in zip(texts, task.base)]
-    by = f'sentences by {task.llm.spec} for {own} of {len(texts)} classes' if task.llm else 'no language model'
-    return torch.stack(feats, 1).to(task.clip.device), f"consistency with {by}{'' if own == len(texts) else ', else the template'}.", spent
+    found, spent, by = {}, cost(), 'no language model'
+    if task.llm: found, spent = describe_classes(task.llm, task.base, task.clip, n, task.seed, folder=task.folder)
+    own = [c for c in task.base if found.get(c)]
+    if task.llm: by = f'sentences by {task.llm.spec} for {len(own)} of {len(task.base)} classes'
+    texts = [_repeated(found.get(c) or [task.template], n) for c in task.base]
+    feats = torch.stack([text_features(task.clip, t, [c])[:, 0] for c, t in zip(task.base, texts)], 1)
+    rest = '' if len(own) == len(task.base) else ', else the template'
+    return feats.to(task.clip.device), f"consistency with {by}{rest}.", spent
 
 # %% ../../nbs/peers/05_coprompt.ipynb #6b37108f
 class CoPrompt(MaPLe):
     "MaPLe with adapters, consistent with a frozen CLIP under perturbation."
     name, title, source = 'coprompt', 'CoPrompt', 'Roy and Etemad, ICLR 2024'
     uses = ('llm',) # sentences where there is one
-    defaults = MaPLe.defaults | dict(epochs=8, weight=8., # the authors' configuration; the paper's lambda
-        n=5, image_share=.1, text_share=.2) # sentences a class: our choice; shares of the adapters: the authors' code
+    defaults = MaPLe.defaults | dict(
+        epochs=8,   # the authors' configuration
+        weight=8.,  # the paper's lambda
+        n=5,        # sentences a class: our choice
+        image_share=.1, text_share=.2) # of the adapters: the authors' code
 
     def build(self, task, settings):
         prompts, width = super().build(task, settings), task.clip.model.visual.output_dim
@@ -58,17 +65,20 @@ class CoPrompt(MaPLe):
 @patch
 def fit(self:CoPrompt, task, settings):
     "Ask for sentences, then learn; returns `cost(...)`."
-    if settings['n'] < 1: raise IpoError(f"n of {self.title} is {settings['n']}: give 1 or more sentences a class.")
+    said = f"n of {self.title} is {settings['n']}"
+    if settings['n'] < 1: raise IpoError(f"{said}: give 1 or more sentences a class.")
     self.prepare(task, settings) # refuses before a language model is asked
     self.frozen, said, spent = told(task, settings['n'])
     self.gen = torch.Generator().manual_seed(seed_for('peers', task.seed, self.name, 'sentences'))
     trained = Learner.fit(self, task, settings)
     self.note = ' '.join(filter(None, [self.note, said]))
-    return {k: trained[k] + spent[k] for k in trained} | dict(images=2*trained['images']) # two views of each
+    total = {k: trained[k] + spent[k] for k in trained}
+    return total | dict(images=2*trained['images']) # two views of each
 
 @patch
 def loss(self:CoPrompt, task, batch, settings):
     f, g, logits = self.views(task, batch)
     sentence = self.frozen[torch.randint(len(self.frozen), (), generator=self.gen).item()]
     other = batch.images.feats(batch.epoch, draw=1)[batch.rows]
-    return F.cross_entropy(logits, batch.labels) + settings['weight']*(2 - (f*other).sum(-1).mean() - (g*sentence).sum(-1).mean())
+    apart = 2 - (f*other).sum(-1).mean() - (g*sentence).sum(-1).mean()
+    return F.cross_entropy(logits, batch.labels) + settings['weight']*apart

@@ -13,10 +13,16 @@ from .base import *
 from ..scorer import Clip
 
 # %% ../../nbs/peers/03_maple.ipynb #def01251
-def put_text(x, p): # p [n, W] in the place of tokens 1 to n of x [B, L, W]
+def put_text(x, # [B, L, W] tokens
+             p  # [n, W] vectors
+            ) -> torch.Tensor: # [B, L, W]
+    "The vectors in the place of tokens 1 to n."
     return torch.cat([x[:, :1], p.to(x.dtype).expand(len(x), -1, -1), x[:, 1 + len(p):]], 1)
 
-def put_image(x, p): # p [n, W] in the place of the last n tokens of x [B, L, W]
+def put_image(x, # [B, L, W] tokens
+              p  # [n, W] vectors
+             ) -> torch.Tensor: # [B, L, W]
+    "The vectors in the place of the last n tokens."
     return torch.cat([x[:, :-len(p)], p.to(x.dtype).expand(len(x), -1, -1)], 1)
 
 # %% ../../nbs/peers/03_maple.ipynb #55d23631
@@ -27,8 +33,9 @@ def deep_text(clip:Clip,  # with a causal text tower
              ) -> torch.Tensor: # [C, D], not normalised
     "Text features with prompts in the place of the first words (MaPLe section 3.2)."
     embeds, ends = words
+    if len(prompts): embeds = put_text(embeds, prompts[0])
     deep = lambda j, x: put_text(x, prompts[j]) if 0 < j < len(prompts) else x
-    return text_forward(clip, put_text(embeds, prompts[0]) if len(prompts) else embeds, ends, deep, **kw)
+    return text_forward(clip, embeds, ends, deep, **kw)
 
 def deep_image(clip:Clip, # with a ViT image tower
                pixels,    # [B, 3, H, W]
@@ -42,28 +49,32 @@ def deep_image(clip:Clip, # with a ViT image tower
 # %% ../../nbs/peers/03_maple.ipynb #1e55e44a
 class DeepLearner(Learner):
     "A method that trains prompts before the first blocks of both towers."
-    needs, note = ('text', 'image'), ''
+    needs = ('text', 'image')
 
     def prompts(self): return self.learned.text, self.learned.image # [J, n, W] each
     def finish(self, side, x): return x # the features of one side, 'text' or 'image'
 
-    def words(self, task, names):
-        if tuple(names) not in self.kept: self.kept[tuple(names)] = embed(task.clip, [f"{self.used['init']} {n}." for n in names])
-        return self.kept[tuple(names)]
+    def words(self, task, names): # embeddings and ends, made once for each list of names
+        key, init = tuple(names), self.used['init']
+        if key not in self.kept: self.kept[key] = embed(task.clip, [f"{init} {n}." for n in names])
+        return self.kept[key]
 
     def text(self, task, names): # [C, D] unit length
-        x = deep_text(task.clip, self.words(task, names), self.prompts()[0], checkpointing=self.used['checkpointing'])
+        text, _ = self.prompts()
+        x = deep_text(task.clip, self.words(task, names), text, checkpointing=self.used['checkpointing'])
         return F.normalize(self.finish('text', x).float(), dim=-1)
 
     def see(self, task, pixels): # [B, D] unit length
-        x = deep_image(task.clip, pixels, self.prompts()[1], checkpointing=self.used['checkpointing'])
+        _, image = self.prompts()
+        x = deep_image(task.clip, pixels, image, checkpointing=self.used['checkpointing'])
         return F.normalize(self.finish('image', x).float(), dim=-1)
 
 # %% ../../nbs/peers/03_maple.ipynb #935cbe86
 @patch
 def image(self:DeepLearner, task, which, chunk:int=64): # features [N, D] of the 'base' or 'novel' test images
     images = Images(task.clip, task.items(which), augment=False, keep=0)
-    return torch.cat([self.see(task, images.pixels(rows)) for rows in torch.arange(len(images)).split(chunk)])
+    parts = torch.arange(len(images)).split(chunk)
+    return torch.cat([self.see(task, images.pixels(rows)) for rows in parts])
 
 def similarity(clip, image, text): # logits [B, C], in full precision
     with torch.autocast(clip.device, enabled=False): return clip.logit_scale * image.float() @ text.float().T
@@ -80,15 +91,24 @@ def tower_shape(clip:Clip # with a ViT image tower
     t, v = clip.tower, clip.model.visual
     return t.position.shape[1], len(t.blocks), v.conv1.out_channels, len(v.transformer.resblocks)
 
+def _cut_note(clip, depth):
+    "What a reader must know where a tower has fewer blocks than `depth`."
+    _, text, _, image = tower_shape(clip)
+    cut = [f'{side} tower has {n}' for side, n in dict(text=text, image=image).items() if n < depth]
+    return f"depth {depth} was cut: the {' and the '.join(cut)} blocks." if cut else ''
+
+# %% ../../nbs/peers/03_maple.ipynb #fee14c63
 @patch
 def start(self:DeepLearner, task, settings) -> torch.Tensor: # [n, W], on the CPU
     "The first text prompt. Raises `IpoError` for settings without anything to learn."
     for k in ('depth', 'n_ctx'):
-        if settings[k] < 1: raise IpoError(f"{k} of {self.title} is {settings[k]}, which leaves nothing to learn: give 1 or more.")
-    first, n, self.kept = word_vectors(task.clip, settings['init']).cpu(), settings['n_ctx'], {}
-    if n > len(first): raise IpoError(f"n_ctx of {self.title} is {n}, and init '{settings['init']}' has {len(first)} tokens: give a longer init or a smaller n_ctx.")
-    shape = tower_shape(task.clip); cut = [f'{s} tower has {b}' for s, b in (('text', shape[1]), ('image', shape[3])) if b < settings['depth']]
-    self.note = f"depth {settings['depth']} was cut: the {' and the '.join(cut)} blocks." if cut else ''
+        said = f"{k} of {self.title} is {settings[k]}"
+        if settings[k] < 1: raise IpoError(f"{said}, which leaves nothing to learn: give 1 or more.")
+    first, n = word_vectors(task.clip, settings['init']).cpu(), settings['n_ctx']
+    if n > len(first):
+        said = f"n_ctx of {self.title} is {n}, and init '{settings['init']}' has {len(first)} tokens"
+        raise IpoError(f"{said}: give a longer init or a smaller n_ctx.")
+    self.kept, self.note = {}, _cut_note(task.clip, settings['depth'])
     return first[:n]
 
 # %% ../../nbs/peers/03_maple.ipynb #4bc5dc00
@@ -99,7 +119,8 @@ class Coupled(torch.nn.Module):
         n, w = first.shape
         uniform = lambda *size: torch.nn.Parameter((2*torch.rand(*size) - 1)*w**-.5) # as nn.Linear starts
         self.text = torch.nn.Parameter(torch.cat([first[None], .02*torch.randn(depth - 1, n, w)]))
-        self.maps, self.shifts = uniform(depth, w, width), uniform(depth, width)
+        self.maps = uniform(depth, w, width)
+        self.shifts = uniform(depth, width)
 
     @property
     def image(self): return self.text @ self.maps + self.shifts[:, None] # [J, n, W]
@@ -115,4 +136,6 @@ class MaPLe(DeepLearner):
         _, text, width, image = tower_shape(task.clip)
         return Coupled(self.start(task, settings), min(settings['depth'], text, image), width)
 
-    def loss(self, task, batch, settings): return F.cross_entropy(self.views(task, batch)[2], batch.labels)
+    def loss(self, task, batch, settings):
+        _, _, logits = self.views(task, batch)
+        return F.cross_entropy(logits, batch.labels)

@@ -17,13 +17,21 @@ from ..scorer import text_features
 # %% ../../nbs/peers/04_promptsrc.ipynb #69d6decf
 class Independent(torch.nn.Module):
     "Deep prompts of both towers, learned apart."
-    def __init__(self, first, depths, width): # first text prompt [n, W], blocks of both towers, width of the image tower
+    def __init__(self, first, # [n, W] first text prompt
+                 depths,      # blocks of the text and the image tower
+                 width        # of the image tower
+                ):
         super().__init__()
         text = torch.cat([first[None], .02*torch.randn(depths[0] - 1, *first.shape)])
-        self.text, self.image = map(torch.nn.Parameter, (text, .02*torch.randn(depths[1], len(first), width)))
+        self.text = torch.nn.Parameter(text)
+        self.image = torch.nn.Parameter(.02*torch.randn(depths[1], len(first), width))
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #36904bd4
-def ensemble(clip, names, templates): # [C, D] unit length, frozen
+def ensemble(clip,     # loaded model
+             names,    # C class names
+             templates # prompts with `<CLASS>`
+            ) -> torch.Tensor: # [C, D] unit length, frozen
+    "The mean text feature of each class over templates (PromptSRC section 3.2)."
     return averaged(text_features(clip, templates, names)).to(clip.device)
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #1d6663ca
@@ -37,8 +45,11 @@ def agreement(mine,   # learned: image features [B, D], text features [C, D], lo
     return text_weight*F.l1_loss(g, g0) + image_weight*F.l1_loss(f, f0) + kl
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #6dc3bcfc
-def bell(epochs:int, mean:float, std:float) -> torch.Tensor: # [epochs], sums to 1
-    "The weight of each epoch."
+def bell(epochs:int, # T
+         mean:float, # the epoch in the middle, from 1
+         std:float   # width in epochs
+        ) -> torch.Tensor: # [epochs], sums to 1
+    "The weight of each epoch in the aggregation (PromptSRC section 3.2)."
     t = torch.arange(1, epochs + 1, dtype=torch.float64)
     return (-(t - mean)**2/(2*std**2)).softmax(0)
 
@@ -46,30 +57,36 @@ def bell(epochs:int, mean:float, std:float) -> torch.Tensor: # [epochs], sums to
 class PromptSRC(DeepLearner):
     "Deep prompts in both towers that stay in agreement with the frozen CLIP."
     name, title, source = 'promptsrc', 'PromptSRC', 'Khattak et al., ICCV 2023'
-    defaults = TRAINING | dict(n_ctx=4, depth=9, init='a photo of a', epochs=20, batch_size=4, lr=.0025, # section 4.1
-        text_weight=25., image_weight=10., mean=15., std=1.) # section 4.1; the bell of the aggregation, base-to-novel
+    defaults = TRAINING | dict(
+        n_ctx=4, depth=9, init='a photo of a', epochs=20, batch_size=4, lr=.0025, # section 4.1
+        text_weight=25., image_weight=10., # section 4.1
+        mean=15., std=1.) # section 4.1; the bell of the aggregation, base-to-novel
 
     def build(self, task, settings):
-        (_, text, width, image), J, self.mean = tower_shape(task.clip), settings['depth'], None
-        return Independent(self.start(task, settings), (min(J, text), min(J, image)), width)
+        _, text, width, image = tower_shape(task.clip)
+        depths, self.mean = [min(settings['depth'], blocks) for blocks in (text, image)], None
+        return Independent(self.start(task, settings), depths, width)
 
     def fit(self, task, settings):
-        if settings['std'] <= 0: raise IpoError(f"std of {self.title} is {settings['std']}: give the width of a bell in epochs, such as 1.")
+        said = f"std of {self.title} is {settings['std']}"
+        if settings['std'] <= 0: raise IpoError(f"{said}: give the width of a bell in epochs, such as 1.")
         self.frozen = ensemble(task.clip, task.base, TEMPLATES)
         return super().fit(task, settings)
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #c83cd48d
 @patch
 def loss(self:PromptSRC, task, batch, settings):
-    f, g, logits = self.views(task, batch)
+    mine = self.views(task, batch)
     frozen = batch.feats, self.frozen, similarity(task.clip, batch.feats, self.frozen)
-    return F.cross_entropy(logits, batch.labels) + agreement((f, g, logits), frozen, settings['text_weight'], settings['image_weight'])
+    held = agreement(mine, frozen, settings['text_weight'], settings['image_weight'])
+    return F.cross_entropy(mine[2], batch.labels) + held
 
 @patch
 @torch.no_grad()
 def each_epoch(self:PromptSRC, epoch): # take this epoch's prompts into the mean; after the last one, use it
-    params, weights = list(self.learned.parameters()), bell(*(self.used[k] for k in ('epochs', 'mean', 'std')))
+    params = list(self.learned.parameters())
+    weight = bell(*(self.used[k] for k in ('epochs', 'mean', 'std')))[epoch].item()
     if self.mean is None: self.mean = [torch.zeros_like(p) for p in params]
-    for m, p in zip(self.mean, params): m.add_(p, alpha=weights[epoch].item())
+    for m, p in zip(self.mean, params): m.add_(p, alpha=weight)
     if epoch + 1 == self.used['epochs']:
         for m, p in zip(self.mean, params): p.copy_(m)

@@ -6,29 +6,35 @@
 __all__ = ['DESCRIPTOR', 'SENTENCE', 'question', 'usable', 'describe_classes', 'Sentences', 'Descriptors']
 
 # %% ../../nbs/peers/07_sentences.ipynb #046bf783
+from itertools import chain
 import torch
 from fastcore.basics import patch
 from ..core import *
 from ..llm import Calls, Recorded
 from ..meta_prompt import as_data, parse_replies
-from ..scorer import text_features, token_length
 from .base import Peer, cost
 from .words import averaged, classify
+from ..scorer import text_features, token_length
 
 # %% ../../nbs/peers/07_sentences.ipynb #4f839734
-_SHOWN = {'zebra': 'black and white stripes', 'bicycle': 'two thin wheels and a frame', 'lemon': 'bright yellow skin'}
 DESCRIPTOR, SENTENCE = f'a photo of a {PLACEHOLDER}, which has {{}}.', f'In a photo a {PLACEHOLDER} shows {{}}.'
+_SHOWN = dict(zebra='black and white stripes', bicycle='two thin wheels and a frame', lemon='bright yellow skin')
+_ASK = ' '.join([
+    'Write {n} different short English sentences{form} that tell what is seen in a photo when it shows: {name}.',
+    'Name colours, shapes, parts and surfaces that can be seen.',
+    f'Write {PLACEHOLDER} exactly once in each, in the place of the name.',
+    'Put each sentence between <INS> and </INS>, and write nothing else.'])
 
 def question(name:str,    # a class name
              n:int,       # texts wanted
              pattern:str=None # sentences of this form, {} for what is to be found; None: free ones
             ) -> MetaPrompt: # the request in the forms that optimizers read
     "What the language model is asked about one class."
-    name, form = as_data(name), f' of the form "{pattern.format("...")}"' if pattern else ''
-    message = (f'Write {n} different short English sentences{form} that tell what is seen in a photo when it shows: {name}. Name colours, shapes, parts and surfaces that can be seen. '
-               f'Write {PLACEHOLDER} exactly once in each, in the place of the name. Put each sentence between <INS> and </INS>, and write nothing else.')
+    name = as_data(name)
+    form = f' of the form "{pattern.format("...")}"' if pattern else ''
     lines = [f'{k}: {(pattern or SENTENCE).format(v)}' for k, v in _SHOWN.items()]
-    return MetaPrompt(message, '\n'.join(['What things look like in photos:', *lines, f'{name}:']), n=n)
+    listing = '\n'.join(['What things look like in photos:', *lines, f'{name}:'])
+    return MetaPrompt(_ASK.format(n=n, form=form, name=name), listing, n=n)
 
 # %% ../../nbs/peers/07_sentences.ipynb #9dab7ea1
 def usable(replies,   # `Reply` records about one class
@@ -41,6 +47,10 @@ def usable(replies,   # `Reply` records about one class
     return [c.prompt for c in parse_replies(replies, too_long=too_long, limit=n) if c.status == 'accepted']
 
 # %% ../../nbs/peers/07_sentences.ipynb #52e9b19b
+def _spent(replies): # calls and tokens of the answers, kept or new
+    total = lambda key: sum(getattr(r, key) for r in replies)
+    return cost(calls=total('calls'), tokens_in=total('tokens_in'), tokens_out=total('tokens_out'))
+
 def describe_classes(llm,   # an optimizer of `load_llm`
                      names, # class names
                      clip,  # of the scorer, whose context limits the length
@@ -52,32 +62,45 @@ def describe_classes(llm,   # an optimizer of `load_llm`
     "Ask a language model about each class. Raises `IpoError` for less than one text."
     if n < 1: raise IpoError(f"a class needs 1 or more texts, and n is {n}.")
     if folder: llm = Recorded(llm, Calls(folder/'calls.jsonl'))
-    seeds = {c: seed_for('describe_classes', seed, c) for c in names} # a name that stands in both halves is asked about once
-    asked = {c: llm(question(c, n, pattern), n, s) for c, s in progress(seeds.items(), desc=f'sentences by {llm.spec}', disable=len(seeds) < 8)}
-    count = lambda key: sum(getattr(r, key) for replies in asked.values() for r in replies)
-    return {c: usable(r, c, clip, n) for c, r in asked.items()}, cost(calls=count('calls'), tokens_in=count('tokens_in'), tokens_out=count('tokens_out'))
+    names, asked = list(dict.fromkeys(names)), {} # a name that stands in both halves is asked about once
+    for c in progress(names, desc=f'sentences by {llm.spec}', disable=len(names) < 8):
+        asked[c] = llm(question(c, n, pattern), n, seed_for('describe_classes', seed, c))
+    found = {c: usable(replies, c, clip, n) for c, replies in asked.items()}
+    return found, _spent(list(chain(*asked.values())))
 
 # %% ../../nbs/peers/07_sentences.ipynb #50dd154e
 class Sentences(Peer):
     "CuPL: free sentences about each class, features averaged to unit length."
-    name, title, source, kind, needs = 'sentences', 'LLM sentences', 'CuPL: Pratt et al., ICCV 2023', 'llm', ('llm',)
-    pattern, unit, defaults, note = None, True, dict(n=5), '' # CuPL collects tens of sentences a class, from several questions
+    name, title, source = 'sentences', 'LLM sentences', 'CuPL: Pratt et al., ICCV 2023'
+    kind, needs = 'llm', ('llm',)
+    pattern, unit = None, True # free sentences, and their mean is brought back to unit length
+    defaults = dict(n=5) # CuPL collects tens of sentences a class, from several questions
 
     def fit(self, task, settings) -> dict: # calls and tokens
         "Ask, and make the classifiers. Raises `IpoError` without a language model."
-        if task.llm is None: raise IpoError(f"peer {self.name} needs a language model to ask: give llm, such as smollm2 or openai:MODEL.")
+        need = f"peer {self.name} needs a language model to ask"
+        if task.llm is None: raise IpoError(f"{need}: give llm, such as smollm2 or openai:MODEL.")
         self.used, names = settings, [*task.base, *task.novel]
-        self.found, spent = describe_classes(task.llm, names, task.clip, settings['n'], task.seed, self.pattern, task.folder)
-        lost = [c for c, texts in self.found.items() if not texts]
-        if lost: self.note = f"no usable text came for {len(lost)} of {len(self.found)} classes ({', '.join(lost[:5])}): they have the template."
-        self.weights = {h: torch.stack([self.weight(task, c) for c in task.names(h)]) for h in ('base', 'novel')}
+        ask = (settings['n'], task.seed, self.pattern, task.folder)
+        self.found, spent = describe_classes(task.llm, names, task.clip, *ask)
+        self.note = _lost_note(self.found)
+        self.weights = {h: self.weigh(task, task.names(h)) for h in ('base', 'novel')}
         return spent
 
 # %% ../../nbs/peers/07_sentences.ipynb #e74f96af
-@patch
-def weight(self:Sentences, task, name): # [D]
-    return averaged(text_features(task.clip, self.found[name] or [task.template], [name]), self.unit)[0]
+def _lost_note(found):
+    "What a reader must know where a class has no usable text."
+    lost = [c for c, texts in found.items() if not texts]
+    which = f"{len(lost)} of {len(found)} classes ({', '.join(lost[:5])})"
+    return f"no usable text came for {which}: they have the template." if lost else ''
 
+@patch
+def weigh(self:Sentences, task, names): # [C, D]
+    def texts(name): return self.found[name] or [task.template]
+    feats = (text_features(task.clip, texts(name), [name]) for name in names)
+    return torch.stack([averaged(f, self.unit)[0] for f in feats])
+
+# %% ../../nbs/peers/07_sentences.ipynb #827596a9
 @patch
 def logits(self:Sentences, task, which): return classify(task.clip, task.feats(which), self.weights[which])
 @patch

@@ -13,8 +13,8 @@ import torch, torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from ..core import *
 from ..evaluation import known_words
-from ..scorer import text_features
 from .base import Peer, cost
+from ..scorer import text_features
 
 # %% ../../nbs/peers/06_words.ipynb #ed7f9ed9
 def averaged(feats:torch.Tensor, # [P, C, D] of `text_features`
@@ -36,25 +36,29 @@ def classify(clip,    # of the scorer
 # %% ../../nbs/peers/06_words.ipynb #cd39618e
 class WordsPeer(Peer):
     "A list of prompts, averaged."
-    kind, unit, needs = 'words', True, ()
+    kind, unit = 'words', True
 
     def write(self, task, settings): raise NotImplementedError # -> prompts with `<CLASS>`
 
     def fit(self, task, settings) -> dict: # `cost()`: nothing was spent
         "Write the prompts and make the classifiers. Raises `IpoError` for a prompt that overflows the context."
-        self.used, self.prompts = settings, self.write(task, settings)
-        self.weights = {h: averaged(text_features(task.clip, self.prompts, task.names(h)), self.unit) for h in ('base', 'novel')}
+        self.used, self.prompts, self.weights = settings, self.write(task, settings), {}
+        for half in ('base', 'novel'):
+            feats = text_features(task.clip, self.prompts, task.names(half))
+            self.weights[half] = averaged(feats, self.unit)
         return cost()
 
     def logits(self, task, which): return classify(task.clip, task.feats(which), self.weights[which])
     def texts(self): return list(self.prompts) # what the record shows
     def state(self): return self.weights
-    def load(self, task, settings, state): self.used, self.prompts, self.weights = settings, self.write(task, settings), state
+    def load(self, task, settings, state):
+        self.used, self.prompts, self.weights = settings, self.write(task, settings), state
 
 # %% ../../nbs/peers/06_words.ipynb #f9fadd37
 class Template(WordsPeer):
     "The data card's hand-written template."
-    name, title, source = 'template', 'hand-written template', 'Radford et al., ICML 2021; templates of Zhou et al., IJCV 2022'
+    name, title = 'template', 'hand-written template'
+    source = 'Radford et al., ICML 2021; templates of Zhou et al., IJCV 2022'
     def write(self, task, settings): return [task.template]
 
 # %% ../../nbs/peers/06_words.ipynb #b74a9bf9
@@ -68,27 +72,30 @@ class Ensemble(WordsPeer):
 # %% ../../nbs/peers/06_words.ipynb #d56b2d1b
 class IpoTop(WordsPeer):
     "The k best prompts of a finished IPO run, averaged."
-    name, title, source, needs = 'ipo_top', 'IPO, top k', 'Du et al., NeurIPS 2024; the average is ours', ('scored',)
+    name, title = 'ipo_top', 'IPO, top k'
+    source, needs = 'Du et al., NeurIPS 2024; the average is ours', ('scored',)
     defaults = dict(k=3) # prompts
 
     def write(self, task, settings):
         k, found = settings['k'], sorted(task.scored, key=lambda s: s.key)
         if k < 1: raise IpoError(f"k must be 1 or more, and is {k}.")
-        if len(found) < k: raise IpoError(f"peer ipo_top{k} averages {k} scored prompts and was given {len(found)}: finish an IPO run with more steps first, or choose a smaller k.")
+        said = f"peer ipo_top{k} averages {k} scored prompts and was given {len(found)}"
+        if len(found) < k: raise IpoError(f"{said}: finish an IPO run with more steps first, or choose a smaller k.")
         return [s.prompt for s in found[:k]]
 
 # %% ../../nbs/peers/06_words.ipynb #ea2e9150
 @lru_cache
 def waffle_words() -> tuple: # sorted
     "The whole words of CLIP's own vocabulary, of 3 to 12 plain letters."
-    return tuple(sorted(w for w in known_words()[0] if w.isascii() and w.isalpha() and 3 <= len(w) <= 12))
+    words, _ = known_words()
+    return tuple(sorted(w for w in words if w.isascii() and w.isalpha() and 3 <= len(w) <= 12))
 
 def shape(names # class names
          ) -> tuple: # words in a name and letters in a word, on average
     "The shape that random descriptors imitate; at least one word of three letters."
-    words = [n.split() for n in names]
-    each = [len(w) for ws in words for w in ws]
-    return max(1, round(len(each)/len(words))), max(3, round(sum(each)/len(each)))
+    lengths = [len(word) for name in names for word in name.split()]
+    words, letters = len(lengths)/len(names), sum(lengths)/len(lengths)
+    return max(1, round(words)), max(3, round(letters))
 
 # %% ../../nbs/peers/06_words.ipynb #1cb98370
 def waffle_prompts(names,       # class names, for the shape
@@ -99,16 +106,18 @@ def waffle_prompts(names,       # class names, for the shape
     "WaffleCLIP's prompts; the same seed and names give the same ones. Raises `IpoError` for less than one pair."
     if pairs < 1: raise IpoError(f"waffle needs 1 or more pairs of random texts, and was given {pairs}.")
     rng, (n, length), out = random.Random(seed_for('waffle', seed)), shape(names), []
-    letters = 'abcdefghijklmnopqrstuvwxyz'
+    def word(): return rng.choice(waffle_words())[:length]
+    def characters(): return ''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=length))
     for _ in range(pairs):
-        out.append(' '.join(rng.choice(waffle_words())[:length] for _ in range(n)))
-        out.append(', '.join(''.join(rng.choices(letters, k=length)) for _ in range(n)))
+        out.append(' '.join(word() for _ in range(n)))
+        out.append(', '.join(characters() for _ in range(n)))
     return [f'{head}{text}.' for text in out]
 
 # %% ../../nbs/peers/06_words.ipynb #e9a6226e
 class Waffle(WordsPeer):
     "Random words and characters in the place of descriptors, the same for each class; similarities are averaged."
-    name, title, source, unit = 'waffle', 'WaffleCLIP', 'Roth et al., ICCV 2023', False
+    name, title, source = 'waffle', 'WaffleCLIP', 'Roth et al., ICCV 2023'
+    unit = False
     defaults = dict(pairs=15) # their experiments: 15 pairs, 30 texts a class
 
     def write(self, task, settings): return waffle_prompts(task.base, settings['pairs'], task.seed)
