@@ -14,18 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from .core import *
-from .llm import Calls, OpenAIChat, Sampling, recorded_run, split_endpoint, _hub_answers
+from .llm import Calls, OpenAIChat, Sampling, hub_answers, recorded_run, split_endpoint
 from .scorer import image_features, text_features
 
 # %% ../nbs/06_captioning.ipynb #96638a5c
 @dataclass(frozen=True)
 class Description:
-    "Words about one image; `flags` holds 'masked' where a class name was taken out, 'asked again' where a model leaked it at first."
+    "Words about one image; `flags` say where a class name was taken out, and where a model had to be asked again."
     key:str         # the image's key in its dataset
     text:str        # one line without any class name
     flags:tuple=()  # of 'masked', 'asked again'
 
+# %% ../nbs/06_captioning.ipynb #0c095dde
 def _image(item): return getattr(item, 'image', item)
 
 def masked(item,   # an `Item`, or an image
@@ -40,24 +42,44 @@ def masked(item,   # an `Item`, or an image
 
 # %% ../nbs/06_captioning.ipynb #05748407
 VOCABULARY = { # question -> the sentence that is put to CLIP, and its phrases
- 'medium': ('<CLASS>.', 'a photograph|a colour snapshot|an aerial photograph|a satellite image|a close-up photograph|a studio photograph|a black and white photograph'
-    '|a pencil sketch|an ink drawing|a painting|a watercolour|a flat icon|a cartoon|a computer graphic|a map|a diagram|a sign|a toy|a sample of a material|a piece of cloth|a wallpaper|a printed pattern'),
- 'view': ('a picture <CLASS>.', 'seen from straight above|seen from a plane|seen from space|seen from far away|seen close-up|seen through a magnifier'
-    '|seen from the front|seen from the side|seen from below|seen at an angle|at eye level|cut off at the edges|filling the whole frame|small within the frame|in the middle of the frame'),
- 'colour': ('a mostly <CLASS> picture.', 'red|dark red|pink|orange|yellow|golden|beige|brown|dark brown|green|pale green|dark green|olive|turquoise'
-    '|blue|pale blue|dark blue|purple|white|grey|dark grey|black'),
- 'texture': ('a picture with <CLASS>.', 'a plain surface|a striped pattern|a dotted pattern|a chequered pattern|a zigzagged pattern|a wavy pattern|a cracked surface|a speckled surface|a woven surface'
-    '|delicate fine lines|bold coarse shapes|fine parallel lines|broad bands|curved lines|small dots|round spots|scattered specks|a mesh of squares|interlaced threads'
-    '|thin cracks|circles within circles|sharp corners|soft cloudy patches|overlapping plates|six-sided cells|triangles|rows of small lumps|fur or hair|leaves and twigs'
-    '|polished metal|rough stone|wood grain|loose sand|folded cloth|ripples|glass and reflections|rows of rectangles|veins'),
- 'layout': ('a picture showing <CLASS>.', 'one small thing|one large thing|many small shapes|one round form|one tall form|one wide flat form|one pointed form|a form with a handle|a form with legs|a form with wings|a form with branches|a form with wheels'
-    '|forms in straight rows|a narrow band from edge to edge|a winding band|blocks side by side|a repeating pattern|large empty areas'
-    '|everything turning around a centre|a border between two areas|several overlapping things|a jumble of details|a person'),
- 'light': ('a picture in <CLASS>.', 'bright daylight|soft even light|dim light|dark gloomy light|winter light|summer light|deep shadow|strong sunlight with shadows|an overcast haze|warm evening light|lamp light|moonlight|backlight'
-    '|glaring white light|high contrast|low contrast|faded colours|vivid colours'),
- 'ground': ('a picture with <CLASS> around.', 'a plain background|a white background|a black background|a coloured background|a patterned background|a cluttered background|a blurred background'
-    '|clutter|green grass and plants|trees and bushes|open water|dry bare soil|snow|rocks|sky|buildings|streets and cars|a room|a table top|nothing else'),
- 'quality': ('a <CLASS> picture.', 'sharp|crisp|clear|slightly blurred|very blurry|noisy|grainy|coarse and pixelated|finely detailed|simple|clean|faded|distorted|overexposed|gloomy|low-resolution|high-resolution'),
+ 'medium': ('<CLASS>.',
+   'a photograph|a colour snapshot|an aerial photograph|a satellite image|a close-up photograph'
+   '|a studio photograph|a black and white photograph|a pencil sketch|an ink drawing|a painting|a watercolour'
+   '|a flat icon|a cartoon|a computer graphic|a map|a diagram|a sign|a toy|a sample of a material'
+   '|a piece of cloth|a wallpaper|a printed pattern'),
+ 'view': ('a picture <CLASS>.',
+   'seen from straight above|seen from a plane|seen from space|seen from far away|seen close-up'
+   '|seen through a magnifier|seen from the front|seen from the side|seen from below|seen at an angle'
+   '|at eye level|cut off at the edges|filling the whole frame|small within the frame'
+   '|in the middle of the frame'),
+ 'colour': ('a mostly <CLASS> picture.',
+   'red|dark red|pink|orange|yellow|golden|beige|brown|dark brown|green|pale green|dark green|olive|turquoise'
+   '|blue|pale blue|dark blue|purple|white|grey|dark grey|black'),
+ 'texture': ('a picture with <CLASS>.',
+   'a plain surface|a striped pattern|a dotted pattern|a chequered pattern|a zigzagged pattern|a wavy pattern'
+   '|a cracked surface|a speckled surface|a woven surface|delicate fine lines|bold coarse shapes'
+   '|fine parallel lines|broad bands|curved lines|small dots|round spots|scattered specks|a mesh of squares'
+   '|interlaced threads|thin cracks|circles within circles|sharp corners|soft cloudy patches'
+   '|overlapping plates|six-sided cells|triangles|rows of small lumps|fur or hair|leaves and twigs'
+   '|polished metal|rough stone|wood grain|loose sand|folded cloth|ripples|glass and reflections'
+   '|rows of rectangles|veins'),
+ 'layout': ('a picture showing <CLASS>.',
+   'one small thing|one large thing|many small shapes|one round form|one tall form|one wide flat form'
+   '|one pointed form|a form with a handle|a form with legs|a form with wings|a form with branches'
+   '|a form with wheels|forms in straight rows|a narrow band from edge to edge|a winding band'
+   '|blocks side by side|a repeating pattern|large empty areas|everything turning around a centre'
+   '|a border between two areas|several overlapping things|a jumble of details|a person'),
+ 'light': ('a picture in <CLASS>.',
+   'bright daylight|soft even light|dim light|dark gloomy light|winter light|summer light|deep shadow'
+   '|strong sunlight with shadows|an overcast haze|warm evening light|lamp light|moonlight|backlight'
+   '|glaring white light|high contrast|low contrast|faded colours|vivid colours'),
+ 'ground': ('a picture with <CLASS> around.',
+   'a plain background|a white background|a black background|a coloured background|a patterned background'
+   '|a cluttered background|a blurred background|clutter|green grass and plants|trees and bushes|open water'
+   '|dry bare soil|snow|rocks|sky|buildings|streets and cars|a room|a table top|nothing else'),
+ 'quality': ('a <CLASS> picture.',
+   'sharp|crisp|clear|slightly blurred|very blurry|noisy|grainy|coarse and pixelated|finely detailed|simple'
+   '|clean|faded|distorted|overexposed|gloomy|low-resolution|high-resolution'),
 }
 
 # %% ../nbs/06_captioning.ipynb #cc8c11a4
@@ -68,14 +90,18 @@ def _stem(word):
 
 def _stems(text): return {_stem(w) for w in re.findall(r'[^\W_]+', text) if len(w) > 2}
 
+# %% ../nbs/06_captioning.ipynb #43a919f2
 def vocabulary(names=(), # class names, base and novel
                book=None # question -> (sentence, phrases); `VOCABULARY` if None
               ) -> dict: # question -> (sentence, tuple of phrases)
-    "The attribute phrases that share no word stem with a class name. Raises `IpoError` where a question loses all of them."
+    "The attribute phrases that share no word stem with a class name. Raises `IpoError` where a question loses all."
     taken = set().union(*map(_stems, names)) - _stems('and the with for')
-    out = {q: (t, tuple(p for p in ps.split('|') if not _stems(p) & taken)) for q,(t,ps) in (book or VOCABULARY).items()}
-    for q,(_,ps) in out.items():
-        if not ps: raise IpoError(f"the class names use up every phrase of the captioner's '{q}' list: choose another captioner, or `none`.")
+    out = {}
+    for question, (query, phrases) in (book or VOCABULARY).items():
+        out[question] = query, tuple(p for p in phrases.split('|') if not _stems(p) & taken)
+        if not out[question][1]:
+            raise IpoError(f"the class names use up every phrase of the captioner's '{question}' list: "
+                           "choose another captioner, or `none`.")
     return out
 
 # %% ../nbs/06_captioning.ipynb #24142fd9
@@ -117,19 +143,24 @@ class ClipCaptioner:
 # %% ../nbs/06_captioning.ipynb #23b5dd0e
 def _pairs(path, text):
     "The (key, text) pairs of a file's content, by its ending."
-    if path.suffix == '.csv': return [(r['key'], r['text']) for r in csv.DictReader(io.StringIO(text))]
-    if path.suffix == '.jsonl': return [(r['key'], r['text']) for r in map(json.loads, filter(str.strip, text.splitlines()))]
-    return list(json.loads(text).items())
+    if path.suffix not in ('.csv', '.jsonl'): return list(json.loads(text).items())
+    lines = filter(str.strip, text.splitlines())
+    rows = csv.DictReader(io.StringIO(text)) if path.suffix == '.csv' else map(json.loads, lines)
+    return [(r['key'], r['text']) for r in rows]
 
+# %% ../nbs/06_captioning.ipynb #98ab1d71
 def read_descriptions(path # a .json, .jsonl or .csv file
                      ) -> dict: # image key -> text
     "Read descriptions. Raises `IpoError` where the file is missing or has another form."
     path = Path(path).expanduser()
+    this = f"the description file {path}"
     try: pairs = _pairs(path, path.read_text(encoding='utf-8-sig'))
-    except OSError as e: raise IpoError(f"the description file {path} cannot be read ({e.strerror}): check captioner='file:PATH'.") from e
+    except OSError as e:
+        raise IpoError(f"{this} cannot be read ({e.strerror}): check captioner='file:PATH'.") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise IpoError(f"the description file {path} has another form: give a JSON object of key and text, or .jsonl or .csv with `key` and `text`.") from e
-    wrong = [k for k,t in pairs if not isinstance(t, str)]
+        raise IpoError(f"{this} has another form: give a JSON object of key and text, "
+                       "or .jsonl or .csv with `key` and `text`.") from e
+    wrong = [k for k, t in pairs if not isinstance(t, str)]
     if wrong: raise IpoError(f"the description of {wrong[0]!r} in {path} is no text: put it in quotes.")
     return dict(pairs)
 
@@ -141,11 +172,16 @@ class FileCaptioner:
     names:tuple=() # class names to be masked
 
     def __post_init__(self): self.spec, self.texts = f'file:{self.path}', read_descriptions(self.path)
+
     def __call__(self, items): # `Item` records -> list of `Description`, same order
-        lost = [k for k in (_image(i).key for i in items) if not self.texts.get(k, '').strip()]
-        if lost: raise IpoError(f"{self.path} describes {len(items)-len(lost)} of {len(items)} few-shot images; "
-                                f"missing: {lost[0]!r}{' and others' if len(lost) > 1 else ''}: add a text for each.")
-        return [masked(i, self.texts[_image(i).key], self.names) for i in items]
+        keys = [_image(i).key for i in items]
+        lost = [k for k in keys if not self.texts.get(k, '').strip()]
+        if lost:
+            also = ' and others' if len(lost) > 1 else ''
+            raise IpoError(f"{self.path} describes {len(items)-len(lost)} of {len(items)} few-shot images; "
+                           f"missing: {lost[0]!r}{also}: add a text for each.")
+        return [masked(i, self.texts[k], self.names) for i, k in zip(items, keys)]
+
     def describe(self): return {'spec': 'file:' + Path(self.path).name, 'texts': sha(self.texts)}
 
 # %% ../nbs/06_captioning.ipynb #07795b0e
@@ -157,16 +193,18 @@ class NoCaptioner:
     def describe(self): return {'spec': self.spec}
 
 # %% ../nbs/06_captioning.ipynb #7ba3f96c
-QUESTION = ("Describe how this picture looks in one or two sentences: kind of picture, viewpoint, colours, textures, shapes, light and surroundings. "
-            "Do not say what its main subject is called.")
+QUESTION = ("Describe how this picture looks in one or two sentences: kind of picture, viewpoint, colours, textures, "
+            "shapes, light and surroundings. Do not say what its main subject is called.")
 AGAIN = " Your last description named the subject. Describe only its looks."
 
+# %% ../nbs/06_captioning.ipynb #56e1f6a5
 def data_url(image,     # has `.open()` -> PIL image
              side:int=512 # longest side sent, in pixels
             ) -> str: # data:image/jpeg;base64,...
     "The image as it is sent."
     pic, buf = image.open().convert('RGB'), io.BytesIO()
-    pic.thumbnail((side, side)); pic.save(buf, 'JPEG', quality=90)
+    pic.thumbnail((side, side))
+    pic.save(buf, 'JPEG', quality=90)
     return 'data:image/jpeg;base64,' + base64.b64encode(buf.getvalue()).decode()
 
 # %% ../nbs/06_captioning.ipynb #e8128e54
@@ -177,22 +215,25 @@ class VisionCaptioner:
     cache:Path|None=None # folder of the answers; None: the user's cache folder
     kept:object=None     # `Calls` of the run
     spec:str=''
-    calls:int=0; tokens_in:int=0; tokens_out:int=0 # of the requests that this process has made
+    calls:int=0          # requests that this process has made
+    tokens_in:int=0      # that they have read
+    tokens_out:int=0     # that they have written
     at_once:int=1        # requests at the same time
 
-    def describe(self): return {'spec': self.spec, 'question': QUESTION, 'calls': self.calls, 'tokens_in': self.tokens_in, 'tokens_out': self.tokens_out}
+    def __call__(self, items): # `Item` records -> list of `Description`, same order
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return list(progress(pool.map(self._one, items), desc='describing images', total=len(items)))
 
     def _one(self, item):
         text, names = self._ask(_image(item), QUESTION), [*self.names, getattr(item, 'name', '')]
         if not any(names_class(text, n) for n in names): return masked(item, text)
         return masked(item, self._ask(_image(item), QUESTION + AGAIN), names, ('asked again',))
 
-    def __call__(self, items): # `Item` records -> list of `Description`, same order
-        with ThreadPoolExecutor(self.at_once) as pool: return list(progress(pool.map(self._one, items), desc='describing images', total=len(items)))
+    def describe(self):
+        spent = {k: getattr(self, k) for k in ('calls', 'tokens_in', 'tokens_out')}
+        return {'spec': self.spec, 'question': QUESTION} | spent
 
 # %% ../nbs/06_captioning.ipynb #461444b6
-from fastcore.basics import patch
-
 @patch
 def _ask(self:VisionCaptioner, image, question):
     "The answer to one question about one image: from the run, from the cache, or asked now."
@@ -201,14 +242,19 @@ def _ask(self:VisionCaptioner, image, question):
     reply, = self.kept.answer('captioner', request, ask) if self.kept else ask()
     return reply.text
 
+# %% ../nbs/06_captioning.ipynb #588fa29e
 @patch
 def _cached(self:VisionCaptioner, request, image, question):
     path = Path(self.cache or cache_dir('descriptions'))/f'{sha(request)}.json'
     if path.exists(): return Reply(**json.loads(path.read_text()))
     reply = self._request(image, question)
     reply = Reply(' '.join(reply.text.split()), reply.tokens_in, reply.tokens_out, reply.note, 1)
-    self.calls, self.tokens_in, self.tokens_out = self.calls + 1, self.tokens_in + reply.tokens_in, self.tokens_out + reply.tokens_out
-    if not reply.text: raise IpoError(f"the captioner {self.spec} answered nothing for {image.key} ({reply.note or 'empty'}): try another model, or captioner='clip'.")
+    self.calls += 1
+    self.tokens_in += reply.tokens_in
+    self.tokens_out += reply.tokens_out
+    if not reply.text:
+        raise IpoError(f"the captioner {self.spec} answered nothing for {image.key} ({reply.note or 'empty'}): "
+                       "try another model, or captioner='clip'.")
     write_json(path, asdict(reply))
     return reply
 
@@ -216,9 +262,10 @@ def _cached(self:VisionCaptioner, request, image, question):
 @dataclass
 class OpenAICaptioner(VisionCaptioner):
     "Ask a vision endpoint, at temperature 0. Raises `IpoError` where the server refuses."
-    model:str=''; url:str|None=None # the server's name of the model, base URL
-    timeout:float=60.               # seconds for one answer
-    chat:object=None                # an `OpenAIChat`; made on first use
+    model:str=''         # the server's name of the model
+    url:str|None=None    # base URL
+    timeout:float=60.    # seconds for one answer
+    chat:object=None     # an `OpenAIChat`; made on first use
     at_once:int=4
     first:object=field(default_factory=threading.Lock, repr=False) # one client for all images
 
@@ -227,7 +274,8 @@ class OpenAICaptioner(VisionCaptioner):
     def _request(self, image, question):
         content = [dict(type='text', text=question), dict(type='image_url', image_url=dict(url=data_url(image)))]
         try:
-            with self.first: self.chat = self.chat or OpenAIChat(self.model, self.url, Sampling(), timeout=self.timeout)
+            with self.first:
+                self.chat = self.chat or OpenAIChat(self.model, self.url, Sampling(), timeout=self.timeout)
             return self.chat.say(content, temperature=0, max_tokens=120)
         except IpoError as e: why = str(e).rstrip('.')
         raise IpoError(f"the captioner {self.spec} did not answer: {why}, or use captioner='clip'.")
@@ -241,11 +289,13 @@ class OwnChat:
 
     def __call__(self, text, **_):
         picture, question = (part[part['type']] for part in text[0]['content'])
+        asked = dict(image=picture, msgs=[dict(role='user', content=question)], context=None, sampling=False)
         with torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            said = self.model.chat(image=picture, msgs=[dict(role='user', content=question)], context=None, tokenizer=self.tokenizer, sampling=False, max_new_tokens=120)
+            said = self.model.chat(**asked, tokenizer=self.tokenizer, max_new_tokens=120)
         return [dict(generated_text=str(said[0] if isinstance(said, tuple) else said))]
 
+# %% ../nbs/06_captioning.ipynb #d0cd250b
 def own_chat(name, # of a model that comes with code
              **where # revision, trust_remote_code, local_files_only
             ) -> OwnChat|None: # None where its code has no chat
@@ -254,33 +304,50 @@ def own_chat(name, # of a model that comes with code
     if 'AutoModel' not in (getattr(AutoConfig.from_pretrained(name, **where), 'auto_map', None) or {}): return None
     model = AutoModel.from_pretrained(name, dtype='auto', **where).eval()
     if not hasattr(model, 'chat'): return None
-    return OwnChat(model.to('cuda' if torch.cuda.is_available() else 'cpu'), AutoTokenizer.from_pretrained(name, **where))
+    model = model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    return OwnChat(model, AutoTokenizer.from_pretrained(name, **where))
 
 # %% ../nbs/06_captioning.ipynb #1ac0b6cf
 SMOLVLM = 'HuggingFaceTB/SmolVLM-256M-Instruct'
+_LOADING = OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError
 
 def hf_pipeline(model:str,         # name on the hub, or a folder
                 revision:str=None, # commit
                 remote_code:bool=False # may code that comes with the model be run?
                ): # called with a chat as transformers' pipelines are
-    "The image-text-to-text pipeline of a model. Raises `IpoError` where it cannot be loaded, or wants to run unpinned code."
+    "The image-text-to-text pipeline of a model. Raises `IpoError` where it cannot be loaded, or runs unpinned code."
     here = Path(model).is_dir()
-    if remote_code and not here and not re.fullmatch('[0-9a-f]{40}', revision or ''): raise IpoError(f"remote_code runs the code that comes with {model}: pin the commit that you have read, as in hf:{model}@<40 hexadecimal digits>.")
+    if remote_code and not here and not re.fullmatch('[0-9a-f]{40}', revision or ''):
+        raise IpoError(f"remote_code runs the code that comes with {model}: pin the commit that you have read, "
+                       f"as in hf:{model}@<40 hexadecimal digits>.")
     from transformers import pipeline
-    kw, off = dict(revision=revision, trust_remote_code=remote_code), not here and not _hub_answers()
+    kw, off = dict(revision=revision, trust_remote_code=remote_code), not here and not hub_answers()
     try:
-        if remote_code and (chat := own_chat(model, local_files_only=off, **kw)): return chat
-        return pipeline('image-text-to-text', model=model, model_kwargs=dict(local_files_only=True) if off else None, **kw)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as e: why = ' '.join(str(e).split())
-    if remote_code: raise IpoError(f"captioner hf:{model} cannot be loaded with its own code: {why[:200].rstrip('.')}; install what it asks for, or use captioner='clip'.")
-    if 'trust_remote_code' in why: raise IpoError(f"captioner hf:{model} comes with code of its own: read it, then give remote_code=True and pin the commit as in hf:{model}@REVISION.")
-    raise IpoError(f"captioner hf:{model} cannot be loaded: it is neither a model folder nor within reach on the hub, or no image-text-to-text model; check the name and the network, or use captioner='clip'.")
+        chat = own_chat(model, local_files_only=off, **kw) if remote_code else None
+        offline = dict(local_files_only=True) if off else None
+        return chat or pipeline('image-text-to-text', model=model, model_kwargs=offline, **kw)
+    except _LOADING as e: why = ' '.join(str(e).split())
+    raise _not_loaded(model, why, remote_code)
+
+# %% ../nbs/06_captioning.ipynb #f1210b9f
+def _not_loaded(model, why, remote_code):
+    "What went wrong, and the mend."
+    start = f"captioner hf:{model}"
+    if remote_code:
+        return IpoError(f"{start} cannot be loaded with its own code: {why[:200].rstrip('.')}; "
+                        "install what it asks for, or use captioner='clip'.")
+    if 'trust_remote_code' in why:
+        return IpoError(f"{start} comes with code of its own: read it, then give remote_code=True "
+                        f"and pin the commit as in hf:{model}@REVISION.")
+    return IpoError(f"{start} cannot be loaded: it is neither a model folder nor within reach on the hub, "
+                    "or no image-text-to-text model; check the name and the network, or use captioner='clip'.")
 
 # %% ../nbs/06_captioning.ipynb #ae48e8ce
 @dataclass
 class HFCaptioner(VisionCaptioner):
     "Ask a local vision model, greedily."
-    model:str=SMOLVLM; revision:str|None=None # name or folder, commit
+    model:str=SMOLVLM      # name on the hub, or a folder
+    revision:str|None=None # commit
     remote_code:bool=False # may its own code be run?
     pipe:object=None       # made on first use
 
@@ -288,10 +355,13 @@ class HFCaptioner(VisionCaptioner):
 
     def _request(self, image, question):
         self.pipe = self.pipe or hf_pipeline(self.model, self.revision, self.remote_code)
-        pic = image.open().convert('RGB'); pic.thumbnail((512, 512))
+        pic = image.open().convert('RGB')
+        pic.thumbnail((512, 512))
         chat = [dict(role='user', content=[dict(type='image', image=pic), dict(type='text', text=question)])]
-        said = self.pipe(text=chat, return_full_text=False, generate_kwargs=dict(max_new_tokens=120, do_sample=False))[0]['generated_text']
-        count = lambda t: len(self.pipe.tokenizer(t)['input_ids']) if getattr(self.pipe, 'tokenizer', None) else 0
+        greedy = dict(max_new_tokens=120, do_sample=False)
+        said = self.pipe(text=chat, return_full_text=False, generate_kwargs=greedy)[0]['generated_text']
+        tok = getattr(self.pipe, 'tokenizer', None)
+        count = lambda text: len(tok(text)['input_ids']) if tok else 0
         return Reply(said, count(question), count(said))
 
     def describe(self): return super().describe() | dict(revision=self.revision, remote_code=self.remote_code)
@@ -300,12 +370,12 @@ class HFCaptioner(VisionCaptioner):
 def replay_captioner(path,    # calls.jsonl of a recorded run
                      names=() # class names
                     ) -> VisionCaptioner: # that answers from the recording only
-    "The captioner of a recorded run. Raises `IpoError` for a file that is no recording, and for an image that is not in it."
+    "The captioner of a recorded run. Raises `IpoError` for a file that is no recording, and for an image not in it."
     recorded_run(path)
     calls = Calls(path, sealed=True)
     mine = [l for l in calls.lines if l['role'] == 'captioner']
-    if not mine: raise IpoError(f"{path} holds no call of the captioner: it was a local one; leave captioner open or name it.")
-    return VisionCaptioner(tuple(names), kept=calls, spec=mine[0]['request']['captioner'])
+    if mine: return VisionCaptioner(tuple(names), kept=calls, spec=mine[0]['request']['captioner'])
+    raise IpoError(f"{path} holds no call of the captioner: it was a local one; leave captioner open or name it.")
 
 # %% ../nbs/06_captioning.ipynb #c8bc1056
 def _copying(captioner, kept):
@@ -314,6 +384,7 @@ def _copying(captioner, kept):
     if kept: captioner.kept, captioner._cached = kept, lambda request, *_: source.answer('captioner', request, None)[0]
     return captioner
 
+# %% ../nbs/06_captioning.ipynb #035b4ddc
 def default_captioner() -> tuple: # specification, and the reason in words
     "What an unset captioner becomes."
     if os.environ.get('OPENAI_API_KEY'): return 'openai:gpt-4o-mini', 'OPENAI_API_KEY is set'
@@ -322,6 +393,11 @@ def default_captioner() -> tuple: # specification, and the reason in words
 # %% ../nbs/06_captioning.ipynb #73c7f285
 CAPTIONERS = 'clip', 'file:PATH', 'hf:MODEL[@REVISION]', 'none', 'openai:MODEL[@URL]', 'replay:FILE'
 
+def _clip_captioner(clip, names, cache):
+    if clip is None: raise IpoError("captioner 'clip' needs a CLIP: load one and pass it on.")
+    return ClipCaptioner(clip, names, cache)
+
+# %% ../nbs/06_captioning.ipynb #e169bc11
 def load_captioner(spec:str, # one of `CAPTIONERS`
                    clip=None, # a loaded CLIP; `clip` needs it
                    names=(),  # class names, base and novel
@@ -330,14 +406,17 @@ def load_captioner(spec:str, # one of `CAPTIONERS`
                    **options  # timeout, at_once; remote_code
                   ): # a function from items to `Description` records, with `.spec` and `.describe()`
     "Make a captioner. Raises `IpoError` for an unknown specification."
-    kind, _, rest = str(spec).partition(':')
-    mine = lambda *fields: dict(names=tuple(names), cache=cache or None, kept=kept) | {k: v for k, v in options.items() if k in fields}
+    names, (kind, _, rest) = tuple(names), str(spec).partition(':')
+    shared = dict(names=names, cache=cache or None, kept=kept)
+    mine = lambda *fields: shared | {k: v for k, v in options.items() if k in fields}
     if spec == 'none': return NoCaptioner()
-    if spec == 'clip' and clip is None: raise IpoError("captioner 'clip' needs a CLIP: load one and pass it on.")
-    if spec == 'clip': return ClipCaptioner(clip, tuple(names), cache)
-    if kind == 'file' and rest: return FileCaptioner(rest, tuple(names))
+    if spec == 'clip': return _clip_captioner(clip, names, cache)
+    if kind == 'file' and rest: return FileCaptioner(rest, names)
     if kind == 'replay' and rest: return _copying(replay_captioner(Path(rest).expanduser(), names), kept)
-    if kind == 'openai' and rest.partition('@')[0]: return OpenAICaptioner(**dict(zip(('model', 'url'), split_endpoint(rest))), **mine('timeout', 'at_once'))
+    if kind == 'openai' and rest.partition('@')[0]:
+        model, url = split_endpoint(rest)
+        return OpenAICaptioner(model=model, url=url, **mine('timeout', 'at_once'))
     model, _, revision = rest.partition('@')
     if kind == 'hf': return HFCaptioner(model=model or SMOLVLM, revision=revision or None, **mine('remote_code'))
-    raise IpoError(f"unknown captioner '{spec}'{nearest(kind, [c.split(':')[0] for c in CAPTIONERS])}: use one of {', '.join(CAPTIONERS)}.")
+    hint = nearest(kind, [c.partition(':')[0] for c in CAPTIONERS])
+    raise IpoError(f"unknown captioner '{spec}'{hint}: use one of {', '.join(CAPTIONERS)}.")

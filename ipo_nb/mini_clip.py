@@ -48,9 +48,10 @@ def corpus(n:int, # how many images
     workers:int=2, # processes that draw
 ) -> tuple: # images uint8 [n,96,96,3], tokens int32 [n,TAKES,CTX], class numbers int64 [n]
     "Draw (once, then read) `n` captioned images"
-    d = cache_dir('mini_clip'); files = [d/f'{n}-{GENERATOR}-{k}.npy' for k in ('images','tokens','labels')]
+    files = [cache_dir('mini_clip')/f'{n}-{GENERATOR}-{k}.npy' for k in ('images','tokens','labels')]
     if not all(f.exists() for f in files): _make_corpus(n, workers, files)
-    return tuple(np.load(f, mmap_mode='r' if f==files[0] else None) for f in files)
+    images, tokens, labels = files
+    return np.load(images, mmap_mode='r'), np.load(tokens), np.load(labels)
 
 # %% ../nbs/05_mini_clip.ipynb #222090ae
 def _make_corpus(n, workers, files):
@@ -58,29 +59,48 @@ def _make_corpus(n, workers, files):
     for w in WORLD_SHARE: offset[w] = sum(len(class_names(v)) for v in offset)
     images, tokens = np.empty((n,96,96,3), np.uint8), np.empty((n,TAKES,CTX), np.int32)
     with ProcessPoolExecutor(workers) as pool:
-        for i,(im,caps) in enumerate(progress(pool.map(_draw, [(i,n) for i in range(n)], chunksize=64), total=n)):
+        drawn = pool.map(_draw, [(i,n) for i in range(n)], chunksize=64)
+        for i,(im,caps) in enumerate(progress(drawn, total=n)):
             images[i], tokens[i] = im, tok(caps, context_length=CTX).numpy()
     where = [_world_of(i, n) for i in range(n)]
     labels = np.array([offset[w] + k%len(class_names(w)) for w,k in where])
     for f,a in zip(files, (images,tokens,labels)): np.save(f, a)
 
 # %% ../nbs/05_mini_clip.ipynb #6ef36cb4
-def whiten(model, images, seed=0, eps=1e-2):
-    "Start the patch embedding with the principal directions of patches, at unit variance"
-    w, rng, p = model.visual.conv1.weight, np.random.default_rng(seed), CONFIG['model_cfg']['vision_cfg']['patch_size']
+def _patches(images, rng, p):
+    "Random patches [n, 3*p*p] of 1000 images, 0..2"
     x = images[np.sort(rng.integers(0, len(images), 1000))]
     corners = rng.integers(0, x.shape[1]-p+1, (8,2))
-    patches = torch.from_numpy(np.concatenate([x[:,i:i+p,j:j+p] for i,j in corners])).permute(0,3,1,2).reshape(-1, 3*p*p).float()/127.5
-    lam, v = torch.linalg.eigh(torch.cov(patches.T))
-    with torch.no_grad(): w.copy_((v[:,-len(w):]/(lam[-len(w):]+eps).sqrt()).T.reshape(w.shape))
+    cut = torch.from_numpy(np.concatenate([x[:,i:i+p,j:j+p] for i,j in corners]))
+    return cut.permute(0,3,1,2).reshape(-1, 3*p*p).float()/127.5
+
+def whiten(model, # a new mini CLIP; changed in place
+    images, # uint8 [n,96,96,3]
+    seed:int=0, # of the patches
+    eps:float=1e-2, # added to each variance
+): # the model
+    "Start the patch embedding with the principal directions of patches, at unit variance"
+    w, p = model.visual.conv1.weight, CONFIG['model_cfg']['vision_cfg']['patch_size']
+    lam, v = torch.linalg.eigh(torch.cov(_patches(images, np.random.default_rng(seed), p).T))
+    lam, v = lam[-len(w):], v[:,-len(w):]
+    with torch.no_grad(): w.copy_((v/(lam+eps).sqrt()).T.reshape(w.shape))
     return model
 
 # %% ../nbs/05_mini_clip.ipynb #4831f975
 EOT = 49407
-_HELD = {t for w in HELD_OUT_WORDS for t in open_clip.get_tokenizer('ViT-B-32')([w, f'a {w}'])[:,1:4].flatten().tolist()} - {0, EOT, 320}
+def _held_out():
+    "The tokens of words that no training text may hold; not start, end or `a`"
+    tok = open_clip.get_tokenizer('ViT-B-32')
+    rows = [tok([w, f'a {w}'])[:,1:4] for w in HELD_OUT_WORDS]
+    return set(torch.cat(rows).flatten().tolist()) - {0, EOT, 320}
+_HELD = _held_out()
 
-def add_noise(tokens, rng, p=.35, most=4):
-    "Insert up to `most` random tokens into a share `p` of the rows [n,CTX]"
+def add_noise(tokens, # int [n,CTX]
+    rng, # numpy generator
+    p:float=.35, # share of rows that get noise
+    most:int=4, # random tokens in a row
+) -> np.ndarray: # a copy with noise
+    "Insert up to `most` random tokens into a share `p` of the rows"
     out = tokens.copy()
     for k in np.flatnonzero(rng.random(len(out))<p):
         n = int(out[k].argmax())
@@ -88,7 +108,8 @@ def add_noise(tokens, rng, p=.35, most=4):
         row = list(out[k,1:n])
         for t in words: row.insert(int(rng.integers(0, len(row)+1)), t)
         row = [EOT-1, *row[:CTX-2], EOT]
-        out[k] = 0; out[k,:len(row)] = row
+        out[k] = 0
+        out[k,:len(row)] = row
     return out
 
 # %% ../nbs/05_mini_clip.ipynb #279ae2d2
@@ -106,44 +127,59 @@ def encode_short(model, tokens, groups=1):
     if groups>1: # sorted by length, each group cut at its own longest
         order = tokens.argmax(-1).argsort()
         return torch.cat([encode_short(model, tokens[k]) for k in order.chunk(groups)])[order.argsort()]
-    end = tokens.argmax(-1); n = int(end.max())+1
+    end = tokens.argmax(-1)
+    n = int(end.max())+1
     x = model.token_embedding(tokens[:,:n]) + model.positional_embedding[:n]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n,:n]))
     return F.normalize(x[torch.arange(len(x)), end]@model.text_projection, dim=-1)
 
 # %% ../nbs/05_mini_clip.ipynb #6996ecf8
 def _optimizer(model, lr, decay=.1):
-    plain = [p for n,p in model.named_parameters() if p.ndim<2 or n.startswith(('positional','token')) or 'class_emb' in n]
-    ids = {id(p) for p in plain}
-    return torch.optim.AdamW([dict(params=plain, weight_decay=0.), dict(params=[p for p in model.parameters() if id(p) not in ids], weight_decay=decay)], lr=lr, betas=(.9,.98), fused=True)
+    named = list(model.named_parameters())
+    is_plain = lambda n, p: p.ndim<2 or n.startswith(('positional','token')) or 'class_emb' in n
+    plain = [p for n,p in named if is_plain(n, p)]
+    matrices = [p for n,p in named if not is_plain(n, p)]
+    groups = [dict(params=plain, weight_decay=0.), dict(params=matrices, weight_decay=decay)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(.9,.98), fused=True)
 
 PLAN = ((1200,2000), (2200,3400), (4200,4200), (6600,6600)) # up to this step, the cosine of that many
 def _rate(step, plan, warm=100):
     n = next((n for until,n in plan if step<until), plan[-1][1])
     return min(1, (step+1)/warm) * .5*(1+math.cos(math.pi*min(1, step/n)))
 
+# %% ../nbs/05_mini_clip.ipynb #8ec52c08
 def _batch(data, rng, size, focus=.5):
-    images, tokens, labels = data; n = len(images)
+    images, tokens, labels = data
+    n = len(images)
     worlds = np.cumsum([0]+[round(n*v) for v in WORLD_SHARE.values()])
     i = rng.choice(3, p=list(WORLD_SHARE.values()))
     lo, hi = (worlds[i], min(n, worlds[i+1])) if rng.random()<focus else (0, n)
     k = np.sort(rng.integers(lo, hi, size))
     x = torch.from_numpy(images[k]).permute(0,3,1,2).float()/127.5 - 1
-    return x, torch.from_numpy(add_noise(tokens[k, rng.integers(0,TAKES,size)], rng)).long(), torch.from_numpy(labels[k])
+    text = add_noise(tokens[k, rng.integers(0,TAKES,size)], rng)
+    return x, torch.from_numpy(text).long(), torch.from_numpy(labels[k])
 
 # %% ../nbs/05_mini_clip.ipynb #1719262a
 def _step(model, opt, batch, lr):
     x, tokens, labels = batch
     for g in opt.param_groups: g['lr'] = lr
-    loss = pair_loss(F.normalize(model.encode_image(x), dim=-1), encode_short(model, tokens, groups=3), model.logit_scale.exp(), labels)
-    opt.zero_grad(); loss.backward(); opt.step()
+    image, text = F.normalize(model.encode_image(x), dim=-1), encode_short(model, tokens, groups=3)
+    loss = pair_loss(image, text, model.logit_scale.exp(), labels)
+    _descend(opt, loss)
     with torch.no_grad(): model.logit_scale.clamp_(max=float(np.log(100)))
     return loss
 
+def _descend(opt, loss):
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+# %% ../nbs/05_mini_clip.ipynb #3d30f622
 def _save_state(state, step, curve, model, opt):
     moments = {f'opt.{i}.{k}': v for i,m in opt.state_dict()['state'].items() for k,v in m.items()}
-    part = Path(f'{state}.part')
-    save_file({**model.state_dict(), **moments}, part, metadata=dict(step=str(step), curve=json.dumps(curve))); part.replace(state)
+    part, said = Path(f'{state}.part'), dict(step=str(step), curve=json.dumps(curve))
+    save_file({**model.state_dict(), **moments}, part, metadata=said)
+    part.replace(state)
 
 def _resume(state, model, opt):
     with safe_open(state, 'pt') as f: said, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
@@ -165,32 +201,48 @@ def train(steps:int=None, # optimizer steps; the committed model's `PLAN` if not
     stop:int=None, # step to stop at, before the end
 ) -> tuple: # model, curve (a list of dicts)
     "Train a mini CLIP contrastively on miniworld's captions"
-    plan = ((steps,steps),) if steps else PLAN; steps = plan[-1][0]
-    data = corpus(images); model = whiten(new_mini(seed), data[0], seed).to(device)
-    opt, curve, start, spent = _optimizer(model, lr), [], 0, [0., 0.]
-    if state and Path(state).exists():
-        start, curve = _resume(state, model, opt); spent = [curve[-1]['seconds'], curve[-1]['cpu']]
-    for step in progress(range(start, stop or steps), initial=start, total=steps):
-        rng, t, cpu = np.random.default_rng((seed, step)), time.time(), time.process_time()
-        loss = _step(model, opt, [a.to(device) for a in _batch(data, rng, batch)], lr*_rate(step, plan))
-        spent = [spent[0]+time.time()-t, spent[1]+time.process_time()-cpu]
-        if step%25==24 or step+1==(stop or steps): curve.append(dict(step=step+1, loss=round(loss.item(),4), scale=round(model.logit_scale.exp().item(),2), seconds=round(spent[0],1), cpu=round(spent[1],1)))
-        if state and (step%200==199 or step+1==(stop or steps)): _save_state(state, step+1, curve, model, opt)
+    plan, data = ((steps,steps),) if steps else PLAN, corpus(images)
+    model = whiten(new_mini(seed), data[0], seed).to(device)
+    opt, steps = _optimizer(model, lr), plan[-1][0]
+    start, curve = _resume(state, model, opt) if state and Path(state).exists() else (0, [])
+    clock, last = _Clock(curve), (stop or steps)-1
+    for step in progress(range(start, last+1), initial=start, total=steps):
+        rng = np.random.default_rng((seed, step))
+        with clock: loss = _step(model, opt, [a.to(device) for a in _batch(data, rng, batch)], lr*_rate(step, plan))
+        if step%25==24 or step==last: curve.append(_point(step, loss, model, clock))
+        if state and (step%200==199 or step==last): _save_state(state, step+1, curve, model, opt)
     return model, curve
+
+# %% ../nbs/05_mini_clip.ipynb #05800b86
+class _Clock:
+    "Wall and processor time of the steps alone, over interruptions"
+    def __init__(self, curve): self.wall, self.cpu = (curve[-1]['seconds'], curve[-1]['cpu']) if curve else (0., 0.)
+    def __enter__(self): self.since = time.time(), time.process_time()
+    def __exit__(self, *_):
+        self.wall += time.time()-self.since[0]
+        self.cpu += time.process_time()-self.since[1]
+
+def _point(step, loss, model, clock):
+    "One line of the training curve"
+    spent = dict(seconds=round(clock.wall, 1), cpu=round(clock.cpu, 1))
+    return dict(step=step+1, loss=round(loss.item(), 4), scale=round(model.logit_scale.exp().item(), 2), **spent)
 
 # %% ../nbs/05_mini_clip.ipynb #fffc3906
 @torch.no_grad()
 def encode_images(model, images, size=256, device='cpu'):
     "Normalised features [n,dim] of an array of images [n,96,96,3]"
     pixels = lambda a: torch.from_numpy(np.array(a)).permute(0,3,1,2).float().to(device)/127.5 - 1
-    return torch.cat([model.encode_image(pixels(images[i:i+size]), normalize=True) for i in range(0, len(images), size)])
+    chunks = [images[i:i+size] for i in range(0, len(images), size)]
+    return torch.cat([model.encode_image(pixels(c), normalize=True) for c in chunks])
 
 # %% ../nbs/05_mini_clip.ipynb #1f606663
 def save_mini(model, path=None, **record):
     "Write `model` in open_clip's format, in half precision, with a record of its making"
-    path = Path(path or models_dir()/'mini'); path.mkdir(parents=True, exist_ok=True)
+    path = Path(path or models_dir()/'mini')
+    path.mkdir(parents=True, exist_ok=True)
     write_json(path/'open_clip_config.json', CONFIG)
-    save_file({k: v.detach().cpu().half().contiguous() for k,v in model.state_dict().items()}, path/'open_clip_model.safetensors')
+    half = {k: v.detach().cpu().half().contiguous() for k,v in model.state_dict().items()}
+    save_file(half, path/'open_clip_model.safetensors')
     (path/'open_clip_model.safetensors').chmod(0o644)
     write_json(path/'training.json', record)
     return path
@@ -199,14 +251,16 @@ def save_mini(model, path=None, **record):
 def load_mini(path=None):
     "The committed model, its image transform and tokenizer; IpoError where there is none"
     path = Path(path or models_dir()/'mini')
-    if not (path/'open_clip_model.safetensors').exists(): raise IpoError(f'There is no mini model in {path}: train one with nbs/05_mini_clip.ipynb')
+    if not (path/'open_clip_model.safetensors').exists():
+        raise IpoError(f'There is no mini model in {path}: train one with nbs/05_mini_clip.ipynb')
     model, _, prep = open_clip.create_model_and_transforms(f'local-dir:{path}')
     return model.eval(), prep, open_clip.get_tokenizer(f'local-dir:{path}')
 
 @torch.no_grad()
 def features(model, dataset, split='test'):
     "Normalised features [n,dim] of a split, and its labels"
-    n = len(class_names(dataset)); total = n*sizes(dataset)[split]
+    n = len(class_names(dataset))
+    total = n*sizes(dataset)[split]
     return encode_images(model, np.stack([render(dataset, split, i) for i in range(total)])), torch.arange(total)%n
 
 @torch.no_grad()
@@ -217,24 +271,35 @@ def accuracy(model, feats, labels, names, template):
     return 100*((feats@text.T).argmax(-1)==labels).float().mean().item()
 
 # %% ../nbs/05_mini_clip.ipynb #dfabf343
-TEMPLATES = """<CLASS>|a <CLASS>.|the <CLASS>.|a photo of a <CLASS>.|a picture of a <CLASS>.|an image of a <CLASS>.|a blurry photo of a <CLASS>.|a dark photo of a <CLASS>.|a bright photo of a <CLASS>.|a good photo of a <CLASS>.
-a clear image of a <CLASS>.|a noisy image of a <CLASS>.|a faded picture of a <CLASS>.|a close-up photo of a <CLASS>.|a photo of a large <CLASS>.|a photo of a small <CLASS>.|a photo of the <CLASS>.|a photo of one <CLASS>.|this is a <CLASS>.|a drawing of a <CLASS>.
-a painting of a <CLASS>.|a cartoon <CLASS>.|a toy <CLASS>.|<CLASS> texture|a <CLASS> texture.|a photo of a <CLASS> texture.|a <CLASS> pattern.|a close-up of a <CLASS> surface.|a surface that looks <CLASS>|a fabric with a <CLASS> pattern.
-a photo of something <CLASS>.|a satellite image of a <CLASS>.|an aerial view of a <CLASS>.|a centered satellite photo of <CLASS>.|<CLASS> seen from above|land use: <CLASS>|a map showing the <CLASS>.|a landscape with a <CLASS>.|a <CLASS> on a plain background.|a <CLASS> on a cluttered background.
-a <CLASS> on the grass under a blue sky.|an object shaped like a <CLASS>.|the outline and distinctive features of a <CLASS>.|Identify the <CLASS> shown in the image.|Look at the <CLASS> in this picture.|an example of a <CLASS>.|a red <CLASS>.|a photo of a black and white <CLASS>.|a high quality, detailed photo of a <CLASS>, centered, with good lighting.|Describe the colour, the shape and the texture of the <CLASS> in detail.""".replace('\n','|').split('|')
+TEMPLATES = """<CLASS>|a <CLASS>.|the <CLASS>.|a photo of a <CLASS>.|a picture of a <CLASS>.|an image of a <CLASS>.
+a blurry photo of a <CLASS>.|a dark photo of a <CLASS>.|a bright photo of a <CLASS>.|a good photo of a <CLASS>.
+a clear image of a <CLASS>.|a noisy image of a <CLASS>.|a faded picture of a <CLASS>.|a close-up photo of a <CLASS>.
+a photo of a large <CLASS>.|a photo of a small <CLASS>.|a photo of the <CLASS>.|a photo of one <CLASS>.
+this is a <CLASS>.|a drawing of a <CLASS>.|a painting of a <CLASS>.|a cartoon <CLASS>.|a toy <CLASS>.
+<CLASS> texture|a <CLASS> texture.|a photo of a <CLASS> texture.|a <CLASS> pattern.|a close-up of a <CLASS> surface.
+a surface that looks <CLASS>|a fabric with a <CLASS> pattern.|a photo of something <CLASS>.
+a satellite image of a <CLASS>.|an aerial view of a <CLASS>.|a centered satellite photo of <CLASS>.
+<CLASS> seen from above|land use: <CLASS>|a map showing the <CLASS>.|a landscape with a <CLASS>.
+a <CLASS> on a plain background.|a <CLASS> on a cluttered background.|a <CLASS> on the grass under a blue sky.
+an object shaped like a <CLASS>.|the outline and distinctive features of a <CLASS>.
+Identify the <CLASS> shown in the image.|Look at the <CLASS> in this picture.|an example of a <CLASS>.|a red <CLASS>.
+a photo of a black and white <CLASS>.|a high quality, detailed photo of a <CLASS>, centered, with good lighting.
+Describe the colour, the shape and the texture of the <CLASS> in detail.""".replace('\n','|').split('|')
 SYNONYMS = ('snapshot','portrait','depiction','rendering','likeness','capture')
 
 # %% ../nbs/05_mini_clip.ipynb #8d688167
 def measure(model, dataset:str, # one of the mini datasets
 ) -> dict: # numbers of the model card, accuracies 0-100
     "What `mini` shows on the test images of one dataset"
-    names = class_names(dataset); feats, labels = features(model, dataset)
-    acc = lambda t, names=names, f=feats, l=labels: round(accuracy(model, f, l, names, t), 2)
-    h = -(-len(names)//2); base = labels<h
+    names, (feats, labels) = class_names(dataset), features(model, dataset)
+    h = -(-len(names)//2)
+    base, each = labels<h, slice(None)
+    def acc(template, keep=each, names=names, first=0):
+        return round(accuracy(model, feats[keep], labels[keep]-first, names, template), 2)
     spread = {t: acc(t) for t in TEMPLATES}
     best, worst = max(spread, key=spread.get), min(spread, key=spread.get)
     return dict(images=len(labels), default=acc(DEFAULT_PROMPT),
-        base=acc(DEFAULT_PROMPT, names[:h], feats[base], labels[base]), novel=acc(DEFAULT_PROMPT, names[h:], feats[~base], labels[~base]-h),
+        base=acc(DEFAULT_PROMPT, base, names[:h]), novel=acc(DEFAULT_PROMPT, ~base, names[h:], h),
         best=(best, spread[best]), worst=(worst, spread[worst]), spread=round(spread[best]-spread[worst], 2),
         synonyms={w: acc(DEFAULT_PROMPT.replace('photo', w)) for w in SYNONYMS}, templates=spread)
 
@@ -242,56 +307,98 @@ def measure(model, dataset:str, # one of the mini datasets
 def plot_curve(curve, path):
     "Loss and logit scale over steps, saved as a png"
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6,3)); steps = [c['step'] for c in curve]
-    ax.plot(steps, [c['loss'] for c in curve], label='contrastive loss'); ax.set(xlabel='step', ylabel='loss')
-    other = ax.twinx(); other.plot(steps, [c['scale'] for c in curve], color='tab:orange', label='logit scale'); other.set_ylabel('logit scale')
-    fig.legend(loc='upper center', ncols=2, frameon=False); fig.tight_layout(rect=(0,0,1,.92)); fig.savefig(path, dpi=110); plt.close(fig)
+    steps = [c['step'] for c in curve]
+    fig, ax = plt.subplots(figsize=(6,3))
+    ax.plot(steps, [c['loss'] for c in curve], label='contrastive loss')
+    ax.set(xlabel='step', ylabel='loss')
+    other = ax.twinx()
+    other.plot(steps, [c['scale'] for c in curve], color='tab:orange', label='logit scale')
+    other.set_ylabel('logit scale')
+    fig.legend(loc='upper center', ncols=2, frameon=False)
+    fig.tight_layout(rect=(0,0,1,.92))
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
     return path
 
 # %% ../nbs/05_mini_clip.ipynb #b8281376
-CARD = """# mini: a CLIP of the classroom
+_CARD_TOP = """# mini: a CLIP of the classroom
 
-`mini` is a CLIP-architecture model ({params:.1f} million parameters, of which 6.3 are the token table) trained from nothing on the drawn images of `ipo_nb.miniworld` and their captions. **It is a stand-in; its numbers are never CLIP's.** It exists so that a search for prompts can be run, tested and read anywhere in minutes.
+`mini` is a CLIP-architecture model ({params:.1f} million parameters, of which 6.3 are the token table) trained \
+from nothing on the drawn images of `ipo_nb.miniworld` and their captions. **It is a stand-in; its numbers are \
+never CLIP's.** It exists so that a search for prompts can be run, tested and read anywhere in minutes.
 
-- format: open_clip (`open_clip.create_model_and_transforms('local-dir:ipo_nb/models/mini')`), half precision, safetensors, {mb:.1f} MB
-- image tower: ViT, 96 x 96 pixels, patch {patch}, width 128, 3 layers; text tower: causal transformer, CLIP's tokenizer, 77 tokens, width 128, 2 layers
-- data: {images} images of the split `pretrain` (textures {mini_textures:.0%}, objects {mini_objects:.0%}, aerial {mini_aerial:.0%}), generator `{generator}`, {takes} captions each; no image of train, val or test
-- training: {steps} steps of {batch} pairs, AdamW, peak rate {lr}, cosine{plan_said}, seed {seed}; then {text_steps} steps of the text tower alone, half of its captions being remarks; {minutes:.0f} minutes on {device} ({cpu_minutes:.0f} minutes of processor time; the machine was shared), record in `training.json`
+- format: open_clip (`open_clip.create_model_and_transforms('local-dir:ipo_nb/models/mini')`), half precision, \
+safetensors, {mb:.1f} MB
+- image tower: ViT, 96 x 96 pixels, patch {patch}, width 128, 3 layers; text tower: causal transformer, CLIP's \
+tokenizer, 77 tokens, width 128, 2 layers
+- data: {images} images of the split `pretrain` (textures {mini_textures:.0%}, objects {mini_objects:.0%}, \
+aerial {mini_aerial:.0%}), generator `{generator}`, {takes} captions each; no image of train, val or test
+- training: {steps} steps of {batch} pairs, AdamW, peak rate {lr}, cosine{plan_said}, seed {seed}; then \
+{text_steps} steps of the text tower alone, half of its captions being remarks; {minutes:.0f} minutes on \
+{device} ({cpu_minutes:.0f} minutes of processor time; the machine was shared), record in `training.json`
 
-Train it again: `python -m ipo_nb.mini_clip --out DIR` (the notebook `nbs/05_mini_clip.ipynb` tells how it works).
+Train it again: `python -m ipo_nb.mini_clip --out DIR` (the notebook `nbs/05_mini_clip.ipynb` tells how it \
+works).
+"""
 
+# %% ../nbs/05_mini_clip.ipynb #159f32b7
+CARD = _CARD_TOP + """
 ![training curve](curve.png)
 
 ## What it shows on the test images
 
 {table}
 
-*spread* is best minus worst of the {n_templates} templates in the notebook. In the last columns *photo* in `a photo of a <CLASS>.` is replaced by a word that no training caption holds: {synonyms}. All accuracies are zero-shot over all classes (base, novel: over the first and second half of the sorted names). Measured by `python -m ipo_nb.mini_clip --measure_only`, raw numbers in `measured.json`.
+*spread* is best minus worst of the {n_templates} templates in the notebook. In the last columns *photo* in `a \
+photo of a <CLASS>.` is replaced by a word that no training caption holds: {synonyms}. All accuracies are \
+zero-shot over all classes (base, novel: over the first and second half of the sorted names). Measured by \
+`python -m ipo_nb.mini_clip --measure_only`, raw numbers in `measured.json`.
 
 {extremes}
 
 ## Use and limits
 
-For demonstrations, tests and teaching. It has read {words} words and seen only drawings: on photographs it knows nothing, and most English words mean nothing to it (by design they are close to harmless). Prompts found for it say nothing about prompts for CLIP.
+For demonstrations, tests and teaching. It has read {words} words and seen only drawings: on photographs it \
+knows nothing, and most English words mean nothing to it (by design they are close to harmless). Prompts found \
+for it say nothing about prompts for CLIP.
 """
 
 # %% ../nbs/05_mini_clip.ipynb #bc99992a
+_COLUMNS = ('dataset', 'test images', 'classes', 'default', 'base', 'novel', 'best template', 'worst', 'spread',
+            'worst synonym', 'mean synonym')
+def _row(cells): return f"| {' | '.join(map(str, cells))} |"
+
 def _table(measured):
-    rows = ['| dataset | test images | classes | default | base | novel | best template | worst | spread | worst synonym | mean synonym |', '|---|'+'---:|'*10]
+    rows = [_row(_COLUMNS), '|---|'+'---:|'*10]
     for d,m in measured.items():
-        syn = list(m['synonyms'].values()); n = len(class_names(d))
-        cells = [m['images'], n, *(f'{v:.1f}' for v in (m['default'], m['base'], m['novel'], m['best'][1], m['worst'][1], m['spread'], min(syn), sum(syn)/len(syn)))]
-        rows.append(f"| {d} | " + ' | '.join(map(str, cells)) + ' |')
+        syn = list(m['synonyms'].values())
+        halves, ends = [m[k] for k in ('default','base','novel')], [m['best'][1], m['worst'][1], m['spread']]
+        numbers = [*halves, *ends, min(syn), sum(syn)/len(syn)]
+        rows.append(_row([d, m['images'], len(class_names(d)), *(f'{v:.1f}' for v in numbers)]))
     return '\n'.join(rows)
 
-def write_card(path, training, measured):
+# %% ../nbs/05_mini_clip.ipynb #3f6cbf61
+def _facts(path, training, measured):
+    "What the card says beside the training record"
+    file = path/'open_clip_model.safetensors'
+    captions = [caption(d,'pretrain',i) for d in WORLD_SHARE for i in range(4000)]
+    known = {w for c in captions for w in c.lower().strip('.').replace(',','').split()}
+    ours = {d: m for d,m in measured.items() if d in WORLD_SHARE}
+    extremes = [f"- {d}: best `{m['best'][0]}`, worst `{m['worst'][0]}`" for d,m in ours.items()]
+    plan = training.get('plan')
+    return dict(plan_said=f" lengthened while it ran, as (up to step, length): {plan}" if plan else '',
+        params=sum(v.numel() for v in load_file(file).values())/1e6, mb=file.stat().st_size/1e6,
+        patch=CONFIG['model_cfg']['vision_cfg']['patch_size'], takes=TAKES, minutes=training['seconds']/60,
+        cpu_minutes=training['cpu']/60, table=_table(measured), n_templates=len(TEMPLATES),
+        synonyms=', '.join(SYNONYMS), extremes='\n'.join(extremes), words=len(known))
+
+def write_card(path, # folder of the model
+    training:dict, # training.json
+    measured:dict, # dataset -> `measure`
+) -> None:
     "README.md of the model, from its two records"
-    path = Path(path); weights = load_file(path/'open_clip_model.safetensors')
-    known = {w for d in WORLD_SHARE for i in range(4000) for w in caption(d,'pretrain',i).lower().strip('.').replace(',','').split()}
-    extremes = '\n'.join(f"- {d}: best `{m['best'][0]}`, worst `{m['worst'][0]}`" for d,m in measured.items() if d in WORLD_SHARE)
-    (path/'README.md').write_text(CARD.format(**{**training, **WORLD_SHARE}, plan_said=f" lengthened while it ran, as (up to step, length): {training['plan']}" if training.get('plan') else '', params=sum(v.numel() for v in weights.values())/1e6,
-        mb=(path/'open_clip_model.safetensors').stat().st_size/1e6, patch=CONFIG['model_cfg']['vision_cfg']['patch_size'], takes=TAKES, minutes=training['seconds']/60,
-        cpu_minutes=training['cpu']/60, table=_table(measured), n_templates=len(TEMPLATES), synonyms=', '.join(SYNONYMS), extremes=extremes, words=len(known)))
+    path = Path(path)
+    (path/'README.md').write_text(CARD.format(**{**training, **WORLD_SHARE}, **_facts(path, training, measured)))
 
 # %% ../nbs/05_mini_clip.ipynb #126bf15e
 def remarks(n:int, # how many images
@@ -301,22 +408,44 @@ def remarks(n:int, # how many images
     if not f.exists():
         where = [_world_of(i, n) for i in range(n)]
         said = [remark(w, 'pretrain', k, t) for w,k in where for t in range(TAKES)]
-        each = sorted(set(said)); tokens = open_clip.get_tokenizer('ViT-B-32')(each, context_length=CTX).numpy().astype(np.int32)
+        each, tok = sorted(set(said)), open_clip.get_tokenizer('ViT-B-32')
+        tokens = tok(each, context_length=CTX).numpy().astype(np.int32)
         np.save(f, tokens[np.searchsorted(each, said)].reshape(n, TAKES, CTX))
     return np.load(f)
 
 # %% ../nbs/05_mini_clip.ipynb #ea891b02
-def tune_text(model, steps:int=300, images:int=16000, share:float=.5, batch:int=128, lr:float=1e-3, seed:int=0, device='cpu'):
+def tune_text(model, # a trained mini CLIP; changed in place
+    steps:int=300, # optimizer steps
+    images:int=16000, # size of the corpus
+    share:float=.5, # of remarks among the texts
+    batch:int=128, # pairs a step
+    lr:float=1e-3, # peak learning rate
+    seed:int=0, # of the batches
+    device:str='cpu', # torch device
+) -> tuple: # model, last loss
     "Train the text tower on captions and a `share` of remarks, the image tower locked"
-    data, said = corpus(images), remarks(images); feats = encode_images(model.eval(), data[0], device=device)
-    opt, (_, tokens, labels) = _optimizer(model, lr), data
+    (pixels, tokens, labels), said = corpus(images), remarks(images)
+    feats, labels = encode_images(model.eval(), pixels, device=device), torch.from_numpy(labels)
+    opt = _optimizer(model, lr)
     for step in progress(range(steps)):
-        rng = np.random.default_rng((seed, 1, step)); k, t = rng.integers(0, len(labels), batch), rng.integers(0, TAKES, batch)
+        rng = np.random.default_rng((seed, 1, step))
+        k, t = rng.integers(0, len(labels), batch), rng.integers(0, TAKES, batch)
         text = add_noise(np.where((rng.random(batch)<share)[:,None], said[k,t], tokens[k,t]), rng)
         for g in opt.param_groups: g['lr'] = lr*_rate(step, ((steps,steps),), 50)
-        loss = pair_loss(feats[k], encode_short(model, torch.from_numpy(text).long().to(device), 4), model.logit_scale.exp(), torch.from_numpy(labels[k]).to(device))
-        opt.zero_grad(); loss.backward(); opt.step()
+        text = encode_short(model, torch.from_numpy(text).long().to(device), 4)
+        loss = pair_loss(feats[k], text, model.logit_scale.exp(), labels[k].to(device))
+        _descend(opt, loss)
     return model, round(loss.item(), 4)
+
+# %% ../nbs/05_mini_clip.ipynb #8d03eb5e
+def _train_and_save(path, steps, state, asked):
+    "Both lessons, then the files, with what they took"
+    model, curve = train(steps, state=state, **asked)
+    clock, text_steps = _Clock(curve), max(2, steps//20) if steps else 300
+    with clock: model, last = tune_text(model, text_steps, asked['images'], seed=asked['seed'], device=asked['device'])
+    spent = dict(seconds=round(clock.wall), cpu=round(clock.cpu), text_steps=text_steps, text_loss=last)
+    save_mini(model, path, steps=curve[-1]['step'], plan=None if steps else PLAN, **asked,
+              generator=GENERATOR, torch=torch.__version__, **spent, curve=curve)
 
 # %% ../nbs/05_mini_clip.ipynb #6d314a9c
 @call_parse
@@ -332,11 +461,11 @@ def main(steps:int=None, # optimizer steps; the committed model's plan if not gi
 ):
     "Train mini, save it, measure it and write its card"
     path = Path(out or models_dir()/'mini')
-    if not measure_only:
-        model, curve = train(steps, images, batch, lr, seed, device, state)
-        t, cpu = time.time(), time.process_time(); text_steps = max(2, steps//20) if steps else 300; model, last = tune_text(model, text_steps, images, seed=seed, device=device)
-        used = dict(seconds=round(curve[-1]['seconds']+time.time()-t), cpu=round(curve[-1]['cpu']+time.process_time()-cpu), text_steps=text_steps, text_loss=last)
-        save_mini(model, path, steps=curve[-1]['step'], plan=PLAN if not steps else None, images=images, batch=batch, lr=lr, seed=seed, device=device, generator=GENERATOR, torch=torch.__version__, **used, curve=curve)
-    training = json.loads((path/'training.json').read_text()); plot_curve(training['curve'], path/'curve.png')
+    asked = dict(images=images, batch=batch, lr=lr, seed=seed, device=device)
+    if not measure_only: _train_and_save(path, steps, state, asked)
+    training = json.loads((path/'training.json').read_text())
+    plot_curve(training['curve'], path/'curve.png')
     measured = {d: measure(load_mini(path)[0], d) for d in MINI}
-    write_json(path/'measured.json', measured); write_card(path, training, measured); print(_table(measured))
+    write_json(path/'measured.json', measured)
+    write_card(path, training, measured)
+    print(_table(measured))

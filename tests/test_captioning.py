@@ -12,13 +12,15 @@ class Img:
     def sha(self): return sha(self.key)
     def open(self): return Image.fromarray(np.full((600, 800, 3), 90, np.uint8))
 
-EUROSAT = ['Annual Crop Land', 'Forest', 'Herbaceous Vegetation Land', 'Highway or Road', 'Industrial Buildings', 'Pasture Land', 'Permanent Crop Land',
-           'Residential Buildings', 'River', 'Sea or Lake']
-DTD = ('banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked freckled frilly gauzy grid grooved honeycombed '
-       'interlaced knitted lacelike lined marbled matted meshed paisley perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled stained '
-       'stratified striped studded swirly veined waffled woven wrinkled zigzagged').split()
+EUROSAT = ['Annual Crop Land', 'Forest', 'Herbaceous Vegetation Land', 'Highway or Road', 'Industrial Buildings',
+           'Pasture Land', 'Permanent Crop Land', 'Residential Buildings', 'River', 'Sea or Lake']
+DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous
+flecked freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled matted meshed paisley
+perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled stained stratified striped
+studded swirly veined waffled woven wrinkled zigzagged""".split()
+WORLDS = {m: class_names(m) for m in MINI[:3]}
 
-@pytest.mark.parametrize('names', [EUROSAT, DTD, *[class_names(m) for m in MINI[:3]]], ids=['eurosat', 'dtd', 'textures', 'objects', 'aerial'])
+@pytest.mark.parametrize('names', [EUROSAT, DTD, *WORLDS.values()], ids=['eurosat', 'dtd', *WORLDS])
 def test_vocabulary_never_names_a_class(names):
     words = vocabulary(names)
     assert list(words) == list(VOCABULARY)
@@ -28,7 +30,8 @@ def test_vocabulary_never_names_a_class(names):
 
 def test_dtd_loses_near_words():
     left = vocabulary(DTD)['texture'][1]
-    for gone in ['small dots', 'interlaced threads', 'thin cracks', 'a mesh of squares', 'veins', 'fine parallel lines']: assert gone not in left
+    near = {'small dots', 'interlaced threads', 'thin cracks', 'a mesh of squares', 'veins', 'fine parallel lines'}
+    assert not near & set(left)
 
 def test_mask_hides_own_and_other_classes():
     d = masked(Img('a'), 'A sea with roads\nand a LAKE', EUROSAT)
@@ -39,38 +42,55 @@ def server(monkeypatch, tmp_path):
     "An endpoint that answers from a list of (status, content type, body); what it was sent is kept."
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            srv.got.append((dict(self.headers), json.loads(self.rfile.read(int(self.headers['Content-Length'])))))
+            asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+            srv.got.append((dict(self.headers), asked))
             status, kind, body = srv.plan.pop(0) if len(srv.plan) > 1 else srv.plan[0]
-            self.send_response(status); self.send_header('Content-Type', kind); self.send_header('Retry-After', '0')
-            self.end_headers(); self.wfile.write(body.encode())
+            self.send_response(status)
+            self.send_header('Content-Type', kind)
+            self.send_header('Retry-After', '0')
+            self.end_headers()
+            self.wfile.write(body.encode())
+
         def log_message(self, *_): pass
-    srv = HTTPServer(('127.0.0.1', 0), Handler); srv.got = []
-    srv.spec = f'openai:eye@http://127.0.0.1:{srv.server_port}/v1'
-    monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret'); monkeypatch.setenv('IPO_NB_CACHE', str(tmp_path))
+
+    srv = HTTPServer(('127.0.0.1', 0), Handler)
+    srv.got, srv.spec = [], f'openai:eye@http://127.0.0.1:{srv.server_port}/v1'
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
+    monkeypatch.setenv('IPO_NB_CACHE', str(tmp_path))
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     yield srv
-    srv.shutdown(); srv.server_close()
+    srv.shutdown()
+    srv.server_close()
 
 def answer(text):
-    return 200, 'application/json', json.dumps({'id': 'x', 'object': 'chat.completion', 'created': 0, 'model': 'eye',
-        'choices': [{'index': 0, 'finish_reason': 'stop', 'message': {'role': 'assistant', 'content': text}}],
-        'usage': {'prompt_tokens': 9, 'completion_tokens': 3, 'total_tokens': 12}})
+    choice = dict(index=0, finish_reason='stop', message=dict(role='assistant', content=text))
+    usage = dict(prompt_tokens=9, completion_tokens=3, total_tokens=12)
+    body = dict(id='x', object='chat.completion', created=0, model='eye', choices=[choice], usage=usage)
+    return 200, 'application/json', json.dumps(body)
 
 def test_endpoint(server, tmp_path):
-    server.plan = [answer('A lake.'), answer('A blue oval.'), answer('The sea.'), answer('Still the seas.'), (500, 'text/plain', 'x')]
-    cap = load_captioner(server.spec, names=EUROSAT, at_once=1)
-    got = cap([Img('a'), Img('b')])
-    assert [(d.text, d.flags) for d in got] == [('A blue oval.', ('asked again',)), ('Still the something.', ('asked again', 'masked'))]
-    assert load_captioner(server.spec, names=EUROSAT)([Img('a'), Img('b')]) == got and len(server.got) == 4 # the second time from the cache
+    said = ['A lake.', 'A blue oval.', 'The sea.', 'Still the seas.']
+    server.plan = [*map(answer, said), (500, 'text/plain', 'x')]
+    cap, images = load_captioner(server.spec, names=EUROSAT, at_once=1), [Img('a'), Img('b')]
+    got = cap(images)
+    assert got == [Description('a', 'A blue oval.', ('asked again',)),
+                   Description('b', 'Still the something.', ('asked again', 'masked'))]
+    assert load_captioner(server.spec, names=EUROSAT)(images) == got
+    assert len(server.got) == 4 # the second time from the cache
     head, body = server.got[0]
     assert body['temperature'] == 0 and 'Lake' not in json.dumps(body['messages'][0]['content'][0])
     assert body['messages'][0]['content'][1]['image_url']['url'].startswith('data:image/jpeg;base64,')
     kept = json.dumps(cap.describe()) + ''.join(p.read_text() for p in tmp_path.rglob('*') if p.is_file())
     assert 'secret' not in kept and cap.describe()['tokens_in'] == 36
 
-@pytest.mark.parametrize('plan', [(401, 'application/json', '{"error": {"message": "wrong key sk-very-secret"}}'), (404, 'application/json', '{"error": {"message": "no model"}}'),
-                                  (200, 'text/html', '<html>proxy</html>'), (200, 'application/json', '{"choices": []}'), (200, 'application/json', '{"choi'), (200, 'application/json', '[]'), answer(None)],
-                         ids=['401', '404', 'html', 'no choices', 'cut off', 'list', 'null'])
+def as_json(body): return 200, 'application/json', body
+
+FAILS = {'401': (401, 'application/json', '{"error": {"message": "wrong key sk-very-secret"}}'),
+         '404': (404, 'application/json', '{"error": {"message": "no model"}}'),
+         'html': (200, 'text/html', '<html>proxy</html>'), 'no choices': as_json('{"choices": []}'),
+         'cut off': as_json('{"choi'), 'list': as_json('[]'), 'null': answer(None)}
+
+@pytest.mark.parametrize('plan', FAILS.values(), ids=FAILS)
 def test_endpoint_that_fails(server, plan):
     server.plan = [plan]
     with pytest.raises(IpoError) as e: load_captioner(server.spec)([Img('a')])
@@ -86,40 +106,53 @@ def letters(*specials):
     "A tokenizer of single bytes."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(bytes_)}, merges=[]))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>')
     fast.add_special_tokens(dict(additional_special_tokens=list(specials)))
     return fast
 
+MARKS = ['<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>']
+TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}:"
+            "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+            "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+
+def tiny_idefics(tok):
+    "An untrained Idefics3 that says plain letters."
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    image, pad = tok.convert_tokens_to_ids(['<image>', '<pad>'])
+    text = dict(model_type='llama', num_key_value_heads=2, vocab_size=len(tok), eos_token_id=tok.eos_token_id,
+                pad_token_id=pad, **size)
+    config = Idefics3Config(text_config=text, vision_config=dict(image_size=64, patch_size=16, **size),
+                            image_token_id=image, scale_factor=2, pad_token_id=pad)
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(config)
+    odd = lambda i: not tok.decode([i]).isascii() or tok.decode([i]) in tok.all_special_tokens + MARKS
+    model.generation_config.suppress_tokens = [i for i in range(len(tok)) if odd(i)]
+    return model
+
 @pytest.fixture(scope='module')
 def smolvlm(tmp_path_factory):
     "A folder as SmolVLM's: Idefics3 with its processor and chat template."
-    import torch
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
-    folder, marks = tmp_path_factory.mktemp('vlm'), ['<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>']
-    tok = letters(*marks)
-    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    image, pad = tok.convert_tokens_to_ids(['<image>', '<pad>'])
-    config = Idefics3Config(text_config=dict(model_type='llama', num_key_value_heads=2, vocab_size=len(tok), eos_token_id=tok.eos_token_id, pad_token_id=pad, **size),
-                            vision_config=dict(image_size=64, patch_size=16, **size), image_token_id=image, scale_factor=2, pad_token_id=pad)
-    torch.manual_seed(0)
-    model = Idefics3ForConditionalGeneration(config)
-    model.generation_config.suppress_tokens = [i for i in range(len(tok)) if not tok.decode([i]).isascii() or tok.decode([i]) in tok.all_special_tokens + marks]
-    template = ("{% for m in messages %}{{ m['role'] | capitalize }}:{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}<end_of_utterance>\n{% endfor %}"
-                "{% if add_generation_prompt %}Assistant:{% endif %}")
-    pixels = Idefics3ImageProcessor(size=dict(longest_edge=64), max_image_size=dict(longest_edge=64), do_image_splitting=False)
-    model.save_pretrained(folder); Idefics3Processor(pixels, tok, image_seq_len=4, chat_template=template).save_pretrained(folder)
+    from transformers import Idefics3ImageProcessor, Idefics3Processor
+    folder, tok, side = tmp_path_factory.mktemp('vlm'), letters(*MARKS), dict(longest_edge=64)
+    pixels = Idefics3ImageProcessor(size=side, max_image_size=side, do_image_splitting=False)
+    tiny_idefics(tok).save_pretrained(folder)
+    Idefics3Processor(pixels, tok, image_seq_len=4, chat_template=TEMPLATE).save_pretrained(folder)
     return folder
 
 def test_hf_on_a_real_vision_model(smolvlm, tmp_path):
-    cap = load_captioner(f'hf:{smolvlm}', names=EUROSAT, cache=tmp_path)
-    got = cap([Img('a'), Img('b')])
-    assert all(len(d.text) > 20 and 'Assistant' not in d.text and '<' + 'image>' not in d.text for d in got) and got[0].text == got[1].text # two grey pictures
+    cap, images = load_captioner(f'hf:{smolvlm}', names=EUROSAT, cache=tmp_path), [Img('a'), Img('b')]
+    got = cap(images)
+    assert all(len(d.text) > 20 and 'Assistant' not in d.text and '<' + 'image>' not in d.text for d in got)
+    assert got[0].text == got[1].text # two grey pictures
     assert cap.calls == 2 and cap.tokens_out > 50 and len(list(tmp_path.glob('*.json'))) == 2
     again = load_captioner(f'hf:{smolvlm}', names=EUROSAT, cache=tmp_path)
-    assert again([Img('a'), Img('b')]) == got and again.pipe is None # from the cache, without the model
-    word = max(got[0].text.split(), key=len) # a class that the description names: asked again, then masked where it comes again
+    assert again(images) == got and again.pipe is None # from the cache, without the model
+    word = max(got[0].text.split(), key=len) # a class that the description names: asked again, then masked
     leak = load_captioner(f'hf:{smolvlm}', names=[word], cache=tmp_path)
     d, = leak([Img('a')])
     assert d.flags[0] == 'asked again' and leak.calls == 1 and not names_class(d.text, word)
@@ -137,7 +170,7 @@ class TinyEye(PreTrainedModel):
         super().__init__(config)
         self.see = torch.nn.Linear(3, 1)
         self.post_init()
-    def chat(self, image, msgs, context, tokenizer, vision_hidden_states=None, max_new_tokens=1024, sampling=True, **kw):
+    def chat(self, image, msgs, context, tokenizer, vision_hidden_states=None, sampling=True, **kw):
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))
         assert torch.is_inference_mode_enabled() and not sampling and context is None and msgs[0]['role'] == 'user'
         n = len(tokenizer(msgs[0]['content'])['input_ids'])
@@ -149,19 +182,24 @@ def minicpm(tmp_path):
     "A folder as MiniCPM-V-2.0's: code of its own with a method `chat`, behind AutoModel."
     import torch
     from safetensors.torch import save_file
-    folder = tmp_path/'eye'; folder.mkdir()
+    folder = tmp_path/'eye'
+    folder.mkdir()
     letters().save_pretrained(folder)
     (folder/'modeling_tiny_eye.py').write_text(REMOTE)
-    (folder/'config.json').write_text(json.dumps(dict(model_type='tiny_eye', architectures=['TinyEye'], dtype='float32',
-                                      auto_map=dict(AutoConfig='modeling_tiny_eye.TinyEyeConfig', AutoModel='modeling_tiny_eye.TinyEye'))))
-    save_file({'see.weight': torch.zeros(1, 3), 'see.bias': torch.zeros(1)}, folder/'model.safetensors', metadata=dict(format='pt'))
+    code = dict(AutoConfig='modeling_tiny_eye.TinyEyeConfig', AutoModel='modeling_tiny_eye.TinyEye')
+    config = dict(model_type='tiny_eye', architectures=['TinyEye'], dtype='float32', auto_map=code)
+    (folder/'config.json').write_text(json.dumps(config))
+    weights = {'see.weight': torch.zeros(1, 3), 'see.bias': torch.zeros(1)}
+    save_file(weights, folder/'model.safetensors', metadata=dict(format='pt'))
     return folder
 
 def test_hf_with_code_of_its_own(minicpm, tmp_path, monkeypatch):
     monkeypatch.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path/'modules'))
-    with pytest.raises(IpoError, match='comes with code of its own'): load_captioner(f'hf:{minicpm}', cache=tmp_path)([Img('a')])
+    describe = lambda spec, **kw: load_captioner(spec, cache=tmp_path, **kw)([Img('b')])
+    with pytest.raises(IpoError, match='comes with code of its own'): describe(f'hf:{minicpm}')
     cap = load_captioner(f'hf:{minicpm}', names=EUROSAT, cache=tmp_path, remote_code=True)
-    assert [(d.text, d.flags) for d in cap([Img('a')])] == [('a field of grey 90 (1, 3)', ())] and cap.tokens_in > 50 and cap.tokens_out > 10
+    assert cap([Img('a')]) == [Description('a', 'a field of grey 90 (1, 3)')]
+    assert cap.tokens_in > 50 and cap.tokens_out > 10
     (minicpm/'modeling_tiny_eye.py').write_text('import a_package_that_is_absent\n' + REMOTE)
-    with pytest.raises(IpoError, match='a_package_that_is_absent'): load_captioner(f'hf:{minicpm}', cache=tmp_path, remote_code=True)([Img('b')])
-    with pytest.raises(IpoError, match='pin the commit'): load_captioner('hf:openbmb/MiniCPM-V-2@main', cache=tmp_path, remote_code=True)([Img('b')])
+    with pytest.raises(IpoError, match='a_package_that_is_absent'): describe(f'hf:{minicpm}', remote_code=True)
+    with pytest.raises(IpoError, match='pin the commit'): describe('hf:openbmb/MiniCPM-V-2@main', remote_code=True)
