@@ -44,6 +44,7 @@ def best(self:Memory) -> Scored: # highest accuracy, then lowest loss, then text
     if not self.scored: raise IpoError("the memory is empty: add a scored prompt before asking for the best.")
     return self.ranked()[0]
 
+# %% ../nbs/07_meta_prompt.ipynb #0acd720d
 @patch
 def shown(self:Memory) -> tuple: # `Scored` records, worst first and best last
     "The prompts that the optimizer is shown: the best `size` (or the extremes), the pinned one among them."
@@ -56,9 +57,11 @@ def shown(self:Memory) -> tuple: # `Scored` records, worst first and best last
 @patch
 def _repr_html_(self:Memory):
     row = '<tr><td>{}</td><td>{:.1f}</td><td>{:.3f}</td><td style="text-align:left">{}</td></tr>'
-    rows = ''.join(row.format(s.step, s.accuracy, s.loss, html.escape(s.prompt)) for s in reversed(self.shown()))
-    return ('<table><thead><tr><th>step</th><th>accuracy</th><th>loss</th><th style="text-align:left">prompt</th></tr></thead>'
-            f'<tbody>{rows}</tbody></table><p>{len(self.shown())} shown of {len(self)} scored</p>')
+    shown = self.shown()
+    rows = ''.join(row.format(s.step, s.accuracy, s.loss, html.escape(s.prompt)) for s in reversed(shown))
+    head = '<tr><th>step</th><th>accuracy</th><th>loss</th><th style="text-align:left">prompt</th></tr>'
+    return (f'<table><thead>{head}</thead><tbody>{rows}</tbody></table>'
+            f'<p>{len(shown)} shown of {len(self)} scored</p>')
 
 # %% ../nbs/07_meta_prompt.ipynb #3abd45f1
 _INVISIBLE = re.compile('[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]')
@@ -69,6 +72,7 @@ def one_line(text:str # anything
     text = ''.join(c if c.isprintable() else ' ' for c in _INVISIBLE.sub('', str(text)))
     return ' '.join(text.split())
 
+# %% ../nbs/07_meta_prompt.ipynb #8affab8b
 def as_data(text:str,  # text of a model or a file
             most:int=400 # characters
            ) -> str: # one line that cannot end a list or open a tag
@@ -79,23 +83,28 @@ def as_data(text:str,  # text of a model or a file
 # %% ../nbs/07_meta_prompt.ipynb #178c2a3a
 def task_part() -> str: # first instruction
     "What is to be optimised, and for whom."
-    return (f"You improve the text prompt of CLIP, a model that compares a picture with sentences. For each class, {PLACEHOLDER} in the prompt is "
-            "replaced by the name of the class, and the picture is given to the class whose sentence suits it best. "
+    return ("You improve the text prompt of CLIP, a model that compares a picture with sentences. "
+            f"For each class, {PLACEHOLDER} in the prompt is replaced by the name of the class, "
+            "and the picture is given to the class whose sentence suits it best. "
             "Your goal is one prompt that suits every class, also classes that you have not been told about.")
 
+# %% ../nbs/07_meta_prompt.ipynb #3cc8fd5e
 def descriptions_part(descriptions) -> str: # a numbered list, or '' without descriptions
     "What the few-shot images look like; strings, or records with a `text`."
-    lines = [as_data(getattr(d, 'text', d)) for d in descriptions]
-    lines = [f"{i}. {t}" for i,t in enumerate(filter(None, lines), 1)]
-    return '\n'.join(["These pictures come from the collection, each described without its class:", *lines]) if lines else ''
+    texts = [as_data(getattr(d, 'text', d)) for d in descriptions]
+    lines = [f"{i}. {t}" for i,t in enumerate(filter(None, texts), 1)]
+    head = "These pictures come from the collection, each described without its class:"
+    return '\n'.join([head, *lines]) if lines else ''
 
 # %% ../nbs/07_meta_prompt.ipynb #39c705d2
 def meaning_part(with_loss=True, with_accuracy=True) -> str: # second instruction
     "What the scored list means."
-    said = [t for on,t in [(with_loss, "a loss (lower is better)"), (with_accuracy, "an accuracy in percent (higher is better)")] if on]
-    scores = f"Each was tried on the pictures and received {' and '.join(said)}. " if said else ''
-    return f"Next comes a list of prompts that were tried before. {scores}The worst prompt comes first and the best prompt comes last."
+    numbers = ["a loss (lower is better)"]*with_loss + ["an accuracy in percent (higher is better)"]*with_accuracy
+    scores = f"Each was tried on the pictures and received {' and '.join(numbers)}. " if numbers else ''
+    return ("Next comes a list of prompts that were tried before. "
+            f"{scores}The worst prompt comes first and the best prompt comes last.")
 
+# %% ../nbs/07_meta_prompt.ipynb #0c6b5ef1
 def memory_part(scored, with_loss=True, with_accuracy=True) -> str: # one prompt a line, '' for an empty memory
     "The memory as the optimizer reads it: worst first, best last."
     def line(s):
@@ -104,30 +113,44 @@ def memory_part(scored, with_loss=True, with_accuracy=True) -> str: # one prompt
     return '\n'.join(map(line, scored))
 
 # %% ../nbs/07_meta_prompt.ipynb #f4367983
+def _difference(n, after):
+    "From what the new prompts shall differ."
+    if after: return "different from all prompts above" + (" and from each other" if n > 1 else "")
+    return "different from each other" if n > 1 else "of your own"
+
+# %% ../nbs/07_meta_prompt.ipynb #1b0961da
 def answer_part(n:int=5,     # how many new prompts
                 with_loss=True, with_accuracy=True, # is the number shown?
                 after=True,  # does a list of old prompts stand above?
                 max_words=0  # longest prompt, in words; 0: not said
                ) -> str: # third instruction
     "What to write, and in which form."
-    many, other = ("one new prompt", "") if n == 1 else (f"{n} new prompts", " and from each other")
-    new = f"different from all prompts above{other}" if after else "different from each other" if n > 1 else "of your own"
+    many = "one new prompt" if n == 1 else f"{n} new prompts"
     aim = ' and '.join(["a lower loss"]*with_loss + ["a higher accuracy"]*with_accuracy) or "a better result"
-    return (f"Write {many}, {new}, that should reach {aim}. Keep {PLACEHOLDER} exactly once in each, name no class, "
-            f"and write short plain English{f' of at most {max_words} words' if max_words else ''}. Put each prompt between <INS> and </INS>, and write nothing else.")
+    length = f' of at most {max_words} words' if max_words else ''
+    return (f"Write {many}, {_difference(n, after)}, that should reach {aim}. "
+            f"Keep {PLACEHOLDER} exactly once in each, name no class, and write short plain English{length}. "
+            "Put each prompt between <INS> and </INS>, and write nothing else.")
 
 # %% ../nbs/07_meta_prompt.ipynb #6cc5cec0
+def _label(loss, accuracy, with_loss, with_accuracy): # what stands before a template
+    if with_accuracy: return f"accuracy {accuracy:.0f}%:"
+    return f"loss {loss:.2f}:" if with_loss else "template:"
+
+# %% ../nbs/07_meta_prompt.ipynb #63821fe4
 def listing_part(scored,          # `Scored` records, worst first
                  descriptions=(), # texts; the first three, twelve words each, are enough for such a model
                  with_loss=True, with_accuracy=True # the loss is shown only where the accuracy is hidden
                 ) -> str: # text that ends where the next template should begin
     "The scored list with an open last line, for completion models."
-    def label(loss, accuracy): return f"accuracy {accuracy:.0f}%:" if with_accuracy else f"loss {loss:.2f}:" if with_loss else "template:"
     texts = [' '.join(as_data(d).split()[:12]).rstrip('.,;') for d in descriptions if as_data(d)][:3]
-    head = [f"Descriptions of pictures: {'; '.join(texts)}."]*bool(texts) + [f"Templates for describing {'such ' if texts else ''}pictures, worst to best:"]
-    lines, best = [f"{label(s.loss, s.accuracy)} {one_line(s.prompt)}" for s in scored], scored[-1] if scored else Scored('', 1., 87.)
+    head = [f"Descriptions of pictures: {'; '.join(texts)}."]*bool(texts)
+    head.append(f"Templates for describing {'such ' if texts else ''}pictures, worst to best:")
+    lines = [f"{_label(s.loss, s.accuracy, with_loss, with_accuracy)} {one_line(s.prompt)}" for s in scored]
     while len(lines) > 1 and sum(map(len, lines)) > 1200: lines.pop(0)
-    return '\n'.join([*head, *lines, label(.95*best.loss, min(100, best.accuracy + 3))])
+    best = scored[-1] if scored else Scored('', 1., 87.)
+    wish = _label(.95*best.loss, min(100, best.accuracy + 3), with_loss, with_accuracy)
+    return '\n'.join([*head, *lines, wish])
 
 # %% ../nbs/07_meta_prompt.ipynb #7da3b147
 def build_meta_prompt(memory:Memory,         # its `shown()` goes into the message
@@ -151,11 +174,15 @@ def build_meta_prompt(memory:Memory,         # its `shown()` goes into the messa
 # %% ../nbs/07_meta_prompt.ipynb #d0f545ea
 _HOLE, _OPEN, _CLOSE = '\x01', '\x02', '\x03' # what placeholder, <INS> and </INS> become
 _MOST_REPLY, _MOST_PIECES, _MOST_PROMPT = 100_000, 100, 1_000
-_THOUGHT = re.compile(r'<(think|thinking|reasoning)>.*?(</\1>|\Z)', re.I | re.S) # what a reasoning model says to itself; cut off, it is all thought
+# what a reasoning model says to itself; cut off, it is all thought
+_THOUGHT = re.compile(r'<(think|thinking|reasoning)>.*?(</\1>|\Z)', re.I | re.S)
 _TAG = re.compile(r'[<\[{(] {0,2}([/\\]? ?)INS ?\d{0,3} {0,2}/?[>\])}]', re.I)
 _WORD = r'(?:your |the )?(?:class(?:[ _-]?(?:name|label))?|label|category)'
-_PLACE = re.compile(rf'<{{1,2}} ?{_WORD} ?/?>{{1,2}}|\[{{1,2}} ?{_WORD} ?\]{{1,2}}|\{{{{1,2}} ?{_WORD} ?\}}{{1,2}}|\( ?CLASS(?: NAME)? ?\)|\{{ ?\}}|[$%]\{{?CLASS\b[}}%]?|<CLASS\b', re.I)
+_PLACES = (rf'<{{1,2}} ?{_WORD} ?/?>{{1,2}}', rf'\[{{1,2}} ?{_WORD} ?\]{{1,2}}', rf'\{{{{1,2}} ?{_WORD} ?\}}{{1,2}}',
+           r'\( ?CLASS(?: NAME)? ?\)', r'\{ ?\}', r'[$%]\{?CLASS\b[}%]?', r'<CLASS\b')
+_PLACE = re.compile('|'.join(_PLACES), re.I)
 
+# %% ../nbs/07_meta_prompt.ipynb #d4cd0167
 def _spell(text):
     "Pass 1: plain text in which tags and placeholders are single characters."
     text = _THOUGHT.sub('', html.unescape(html.unescape(str(text or '')[:_MOST_REPLY])))
@@ -185,21 +212,31 @@ def _cut(text):
 
 # %% ../nbs/07_meta_prompt.ipynb #045102f4
 _QUOTES = {'"':'"', '“':'”', '„':'“', '«':'»', "'":"'", '‘':'’', '`':'`'}
+_QUOTED = [re.compile(f'(?<!\\w){a}([^{a}{b}\n]{{1,1000}}){b}(?!\\w)') for a, b in _QUOTES.items()]
 
 def _quoted(line):
     "The quoted parts of a line that hold a placeholder, the parts between separators, or the line."
-    for a, b in _QUOTES.items():
-        parts = [p for p in re.findall(f'(?<!\\w){a}([^{a}{b}\n]{{1,1000}}){b}(?!\\w)', line) if _HOLE in p and len(p.split()) > 1]
+    for quoted in _QUOTED:
+        parts = [p for p in quoted.findall(line) if _HOLE in p and len(p.split()) > 1]
         if parts and len(parts) == line.count(_HOLE): return parts
     if line.count(_HOLE) < 2: return [line]
     parts = [p for p in re.split(r' ?[|;] ?| / |(?:^| )\(?\d{1,3}[.)] ', line) if p.strip()]
     return parts if all(_HOLE in p for p in parts) else [line]
 
 # %% ../nbs/07_meta_prompt.ipynb #c461378f
-_FRONT = re.compile(r"""(?:[(\#]?\d{1,3}(?:[.):](?!\d)|\ ?[-–]\ )|[-*•·–—>#~+|:]+(?=\ |$)|\(?[a-hA-H][).]\ (?=\S)|\(?\d{1,3}(?:\.\d{1,4})?\ ?%\ ?[:|)\-–]?
-    |(?:new\ |improved\ |better\ )?(?:prompt|template|instruction|caption|answer|output)\ ?\#?\d{0,3}\ ?(?:[:=]|[-–]\ )|(?:loss|accuracy|acc|score)\ ?[:=]?\ ?\d{1,6}(?:\.\d{1,6})?\ ?%?\ ?[,;:|)]?)\ *""", re.I|re.X)
-_BACK = re.compile(r' ?[(\[|,;–-]{0,2} ?\b(?:loss|accuracy|acc|score) ?[:=]? ?\d{1,6}(?:\.\d{1,6})? ?%?.{0,80}$', re.I)
+_FRONT = re.compile(r"""(?:
+    [(\#]?\d{1,3}(?:[.):](?!\d)|\ ?[-–]\ )
+    |[-*•·–—>#~+|:]+(?=\ |$)
+    |\(?[a-hA-H][).]\ (?=\S)
+    |\(?\d{1,3}(?:\.\d{1,4})?\ ?%\ ?[:|)\-–]?
+    |(?:new\ |improved\ |better\ )?(?:prompt|template|instruction|caption|answer|output)
+        \ ?\#?\d{0,3}\ ?(?:[:=]|[-–]\ )
+    |(?:loss|accuracy|acc|score)\ ?[:=]?\ ?\d{1,6}(?:\.\d{1,6})?\ ?%?\ ?[,;:|)]?
+    )\ *""", re.I|re.X)
+_SCORE = r'(?:loss|accuracy|acc|score) ?[:=]? ?\d{1,6}(?:\.\d{1,6})? ?%?'
+_BACK = re.compile(rf' ?[(\[|,;–-]{{0,2}} ?\b{_SCORE}.{{0,80}}$', re.I)
 
+# %% ../nbs/07_meta_prompt.ipynb #0a3bc168
 def _unquote(s):
     "Without the quotes around it, or the one at an end that lost its partner."
     if len(s) > 1 and _QUOTES.get(s[0]) == s[-1] and s[-1] not in s[1:-1]: return s[1:-1].strip()
@@ -228,6 +265,7 @@ def prompt_key(prompt:str # a prompt
     "White space and case do not make a prompt new."
     return one_line(prompt).casefold()
 
+# %% ../nbs/07_meta_prompt.ipynb #404e0b44
 def judge(prompt:str, # cleaned text
           names=(),   # class names
           seen=(),    # `prompt_key`s of prompts scored before
@@ -239,7 +277,8 @@ def judge(prompt:str, # cleaned text
     if holes != 1: return 'two placeholders' if holes else 'no placeholder'
     if prompt_key(prompt) in seen: return 'duplicate'
     if any(names_class(prompt, n) for n in names): return 'names a class'
-    return 'too long' if len(prompt) > _MOST_PROMPT or too_long and too_long(prompt) else 'accepted'
+    long = len(prompt) > _MOST_PROMPT or too_long and too_long(prompt)
+    return 'too long' if long else 'accepted'
 
 # %% ../nbs/07_meta_prompt.ipynb #e5e4c60e
 def parse_replies(replies,      # strings or `Reply` records
@@ -254,7 +293,9 @@ def parse_replies(replies,      # strings or `Reply` records
         if good == limit or len(out) >= _MOST_PIECES: break
         prompt = _clean(piece)
         status = judge(prompt, names, known, too_long)
-        if status == 'accepted': known.add(prompt_key(prompt)); good += 1
+        if status == 'accepted':
+            known.add(prompt_key(prompt))
+            good += 1
         out.append(Candidate(prompt[:_MOST_PROMPT], status))
     return out
 

@@ -96,7 +96,9 @@ def round_points(n, r=1., r2=None, start=-.25):
 
 # %% ../nbs/01_miniworld.ipynb #5beb5024
 TEXTURES = {}
-def texture(f): TEXTURES[f.__name__.strip('_')] = f; return f
+def texture(f):
+    TEXTURES[f.__name__.strip('_')] = f
+    return f
 
 def cells(u, v):
     "Position in the cell and the cell's integer place"
@@ -121,7 +123,9 @@ def wavy(u, v, r): return frac(v*.8 + r.u(.35,.6)*wave(u*.28)) < .5
 @texture
 def chequered(u, v, r): return frac(u*.5+np.floor(v)*.5) < .5
 @texture
-def grid(u, v, r): w = r.u(.1,.2); return (frac(u)<w) | (frac(v)<w)
+def grid(u, v, r):
+    w = r.u(.1,.2)
+    return (frac(u)<w) | (frac(v)<w)
 
 # %% ../nbs/01_miniworld.ipynb #84ee6c78
 @texture
@@ -133,6 +137,8 @@ def studded(u, v, r):
     a, b, i, j = cells(u*.7, v*.7)
     d = (a-.5)**2 + (b-.5)**2
     return np.where((a-.38)**2+(b-.38)**2<.012, 4, np.where(d<.1, 2, (d<.17)*3))
+
+# %% ../nbs/01_miniworld.ipynb #b98e9c15
 @texture
 def bricked(u, v, r):
     a, b, i, j = cells(u*.5 + .5*(np.floor(v)%2), v)
@@ -153,6 +159,8 @@ def argyle(u, v, r):
     a, b, i, j = cells(u*.6, v*.36)
     thin = np.minimum(abs(a-b), abs(a+b-1)) < .04
     return np.where(thin, 3, np.where(abs(a-.5)+abs(b-.5)<.5, 1, 0))
+
+# %% ../nbs/01_miniworld.ipynb #4e24f02b
 @texture
 def crosshatched(u, v, r):
     k, w = r.u(.3,.6), r.u(.12,.2)
@@ -172,7 +180,9 @@ def _polar(u, v, r):
 @texture
 def ringed(u, v, r): return frac(_polar(u, v, r)[0]) < .5
 @texture
-def spiralled(u, v, r): d, t = _polar(u, v, r); return frac(d*.8 + r.pick((-1,1))*t) < .5
+def spiralled(u, v, r):
+    d, t = _polar(u, v, r)
+    return frac(d*.8 + r.pick((-1,1))*t) < .5
 @texture
 def radiating(u, v, r): return frac(_polar(u, v, r)[1]*int(r.u(8,17))) < .5
 
@@ -183,6 +193,8 @@ def blotchy(u, v, r): return noise(r, u*.8, v*.8) < r.u(.42,.5)
 def marbled(u, v, r): return abs(frac(u*.35 + 1.6*noise(r,u*.6,v*.6))-.5) < r.u(.05,.1)
 @texture
 def fibrous(u, v, r): return (noise(r,u*6,v*.4)<.42)*1 + (noise(r,u*5,v*.5)<.42)
+
+# %% ../nbs/01_miniworld.ipynb #f2a2c7b6
 @texture
 def speckled(u, v, r):
     a, b, i, j = cells(u*2.2, v*2.2)
@@ -196,7 +208,8 @@ def mosaic(u, v, r):
 # %% ../nbs/01_miniworld.ipynb #40c96c82
 @texture
 def sprinkled(u, v, r):
-    a, b, i, j = cells(u*1.1, v*1.1); t = r.us(16,16)
+    a, b, i, j = cells(u*1.1, v*1.1)
+    t = r.us(16,16)
     c, s = (wave(look(t,i,j)*.5+k) for k in (.25,0))
     along, off = (a-.5)*c+(b-.5)*s, (b-.5)*c-(a-.5)*s
     return ((abs(along)<.38)&(abs(off)<.1)) * (1+(look(t,j,i)*3).astype(np.uint8))
@@ -218,7 +231,9 @@ def cracked(u, v, r):
 
 # %% ../nbs/01_miniworld.ipynb #ae4a5fcc
 THINGS = {}
-def thing(f): THINGS[f.__name__] = f; return f
+def thing(f):
+    THINGS[f.__name__] = f
+    return f
 @thing
 def star(f): return [(f.poly(*round_points(5,1,.42)),1)]
 @thing
@@ -230,53 +245,105 @@ def arrow(f): return [(f.box(-.3,0,.6,.2)|f.poly((.2,-.6),(1,0),(.2,.6)),1)]
 
 # %% ../nbs/01_miniworld.ipynb #87b0e16e
 @thing
-def house(f): return [(f.box(0,.35,.65,.5),1), (f.poly((-.9,-.1),(0,-.85),(.9,-.1)),2), (f.box(.2,.52,.16,.33),3), (f.box(-.3,.25,.15,.15),4)]
+def house(f):
+    wall, roof = f.box(0,.35,.65,.5), f.poly((-.9,-.1),(0,-.85),(.9,-.1))
+    door, window = f.box(.2,.52,.16,.33), f.box(-.3,.25,.15,.15)
+    return [(wall,1), (roof,2), (door,3), (window,4)]
 @thing
 def flower(f):
     petals = [f.disk(.42*x,.42*y-.3,.3) for x,y in round_points(6)]
-    return [(f.line(0,0,0,1,.07),(50,120,50)), (np.logical_or.reduce(petals),1), (f.disk(0,-.3,.24),2)]
+    stem, heart = f.line(0,0,0,1,.07), f.disk(0,-.3,.24)
+    return [(stem,(50,120,50)), (np.logical_or.reduce(petals),1), (heart,2)]
+
+# %% ../nbs/01_miniworld.ipynb #78ab2b80
 @thing
-def mushroom(f): return [(f.box(0,.4,.22,.5),4), (f.oval(0,0,.9,.85)&(f.y<.08),1), (f.disk(-.4,-.25,.14)|f.disk(.3,-.2,.15)|f.disk(-.05,-.58,.13),4)]
+def mushroom(f):
+    stem, cap = f.box(0,.4,.22,.5), f.oval(0,0,.9,.85)&(f.y<.08)
+    spots = f.disk(-.4,-.25,.14)|f.disk(.3,-.2,.15)|f.disk(-.05,-.58,.13)
+    return [(stem,4), (cap,1), (spots,4)]
 @thing
-def apple(f): return [(f.disk(-.3,.15,.58)|f.disk(.3,.15,.58),1), (f.line(0,-.35,.1,-.8,.07),3), (f.oval(.38,-.68,.28,.13),(60,140,50))]
+def apple(f):
+    body, stem = f.disk(-.3,.15,.58)|f.disk(.3,.15,.58), f.line(0,-.35,.1,-.8,.07)
+    leaf = f.oval(.38,-.68,.28,.13)
+    return [(body,1), (stem,3), (leaf,(60,140,50))]
 
 # %% ../nbs/01_miniworld.ipynb #d1a54de3
 @thing
-def fish(f): return [(f.oval(-.15,0,.75,.45)|f.poly((.4,0),(.98,-.45),(.98,.45)),1), (f.poly((-.2,-.4),(.2,-.75),(.25,-.3)),2), (f.disk(-.55,-.1,.12),4), (f.disk(-.55,-.1,.06),3)]
+def fish(f):
+    body, fin = f.oval(-.15,0,.75,.45)|f.poly((.4,0),(.98,-.45),(.98,.45)), f.poly((-.2,-.4),(.2,-.75),(.25,-.3))
+    return [(body,1), (fin,2), (f.disk(-.55,-.1,.12),4), (f.disk(-.55,-.1,.06),3)]
 @thing
-def butterfly(f): return [(f.oval(-.5,-.35,.45,.5)|f.oval(.5,-.35,.45,.5),1), (f.oval(-.4,.42,.34,.38)|f.oval(.4,.42,.34,.38),2),
-    (f.oval(0,0,.1,.7)|f.line(0,-.5,-.25,-.95,.04)|f.line(0,-.5,.25,-.95,.04),3)]
+def butterfly(f):
+    upper, lower = f.oval(-.5,-.35,.45,.5)|f.oval(.5,-.35,.45,.5), f.oval(-.4,.42,.34,.38)|f.oval(.4,.42,.34,.38)
+    body = f.oval(0,0,.1,.7)|f.line(0,-.5,-.25,-.95,.04)|f.line(0,-.5,.25,-.95,.04)
+    return [(upper,1), (lower,2), (body,3)]
+
+# %% ../nbs/01_miniworld.ipynb #58300770
 @thing
-def boat(f): return [(f.poly((-.95,.35),(.95,.35),(.6,.85),(-.6,.85)),1), (f.box(0,-.3,.04,.65),3), (f.poly((.08,-.9),(.8,.2),(.08,.2)),4), (f.poly((-.08,-.7),(-.6,.2),(-.08,.2)),2)]
+def boat(f):
+    hull, mast = f.poly((-.95,.35),(.95,.35),(.6,.85),(-.6,.85)), f.box(0,-.3,.04,.65)
+    sail, jib = f.poly((.08,-.9),(.8,.2),(.08,.2)), f.poly((-.08,-.7),(-.6,.2),(-.08,.2))
+    return [(hull,1), (mast,3), (sail,4), (jib,2)]
 @thing
-def car(f): return [(f.box(0,.2,.95,.26)|f.poly((-.6,0),(-.35,-.45),(.35,-.45),(.65,0)),1), (f.poly((-.42,-.06),(-.26,-.35),(.28,-.35),(.45,-.06)),4),
-    (f.disk(-.5,.46,.22)|f.disk(.5,.46,.22),3), (f.disk(-.5,.46,.09)|f.disk(.5,.46,.09),4)]
+def car(f):
+    body = f.box(0,.2,.95,.26)|f.poly((-.6,0),(-.35,-.45),(.35,-.45),(.65,0))
+    glass = f.poly((-.42,-.06),(-.26,-.35),(.28,-.35),(.45,-.06))
+    wheels, hubs = (f.disk(-.5,.46,r)|f.disk(.5,.46,r) for r in (.22,.09))
+    return [(body,1), (glass,4), (wheels,3), (hubs,4)]
 
 # %% ../nbs/01_miniworld.ipynb #6743d280
 @thing
-def cup(f): return [(f.ring(.6,.05,.32,.16),1), (f.poly((-.6,-.5),(.6,-.5),(.45,.7),(-.45,.7)),1), (f.oval(0,-.5,.6,.14),3)]
+def cup(f):
+    handle, body = f.ring(.6,.05,.32,.16), f.poly((-.6,-.5),(.6,-.5),(.45,.7),(-.45,.7))
+    return [(handle,1), (body,1), (f.oval(0,-.5,.6,.14),3)]
 @thing
 def key(f): return [(f.ring(-.6,0,.3,.2)|f.box(.25,0,.6,.1)|f.box(.75,.2,.08,.2)|f.box(.45,.17,.08,.17),1)]
+
+# %% ../nbs/01_miniworld.ipynb #d32e946f
 @thing
-def umbrella(f): return [(f.line(0,-.2,0,.75,.06)|(f.ring(.17,.75,.17,.1)&(f.y>.75)),3), (f.disk(0,0,.95)&(f.y<-.05)&~f.disk(-.63,0,.3)&~f.disk(0,0,.3)&~f.disk(.63,0,.3),1), (f.line(0,-1.08,0,-.9,.05),3)]
+def umbrella(f):
+    stick = f.line(0,-.2,0,.75,.06)|(f.ring(.17,.75,.17,.1)&(f.y>.75))
+    arches = f.disk(-.63,0,.3)|f.disk(0,0,.3)|f.disk(.63,0,.3)
+    cloth, tip = f.disk(0,0,.95)&(f.y<-.05)&~arches, f.line(0,-1.08,0,-.9,.05)
+    return [(stick,3), (cloth,1), (tip,3)]
 @thing
 def clock(f): return [(f.disk(0,0,.9),1), (f.disk(0,0,.7),4), (f.line(0,0,0,-.5,.07)|f.line(0,0,.35,.15,.07),3)]
 @thing
-def candle(f): return [(f.box(0,.3,.28,.62),1), (f.line(0,-.3,0,-.5,.04),3), (f.oval(0,-.72,.16,.3),(250,180,40)), (f.oval(0,-.65,.07,.15),(255,240,150)), (f.box(0,.9,.5,.1),2)]
-@thing
-def ladder(f): return [(f.box(-.42,0,.09,1)|f.box(.42,0,.09,1)|np.logical_or.reduce([f.box(0,y,.42,.07) for y in (-.75,-.38,0,.38,.75)]),1)]
-@thing
-def anchor(f): return [(f.ring(0,-.75,.16,.12)|f.box(0,.1,.1,.75)|f.box(0,-.35,.45,.08)|(f.ring(0,.2,.68,.18)&(f.y>.25))|f.poly((-.95,.4),(-.68,.0),(-.42,.4))|f.poly((.95,.4),(.68,.0),(.42,.4)),1)]
+def candle(f):
+    wax, wick, dish = f.box(0,.3,.28,.62), f.line(0,-.3,0,-.5,.04), f.box(0,.9,.5,.1)
+    flame, glow = f.oval(0,-.72,.16,.3), f.oval(0,-.65,.07,.15)
+    return [(wax,1), (wick,3), (flame,(250,180,40)), (glow,(255,240,150)), (dish,2)]
 
 # %% ../nbs/01_miniworld.ipynb #ca77a92f
 @thing
-def crown(f): return [(f.poly((-.85,.6),(-.95,-.5),(-.45,.05),(0,-.75),(.45,.05),(.95,-.5),(.85,.6)),1), (f.box(0,.5,.84,.12),2), (f.disk(0,-.75,.12)|f.disk(-.93,-.52,.11)|f.disk(.93,-.52,.11),2)]
+def ladder(f):
+    rungs = [f.box(0,y,.42,.07) for y in (-.75,-.38,0,.38,.75)]
+    return [(f.box(-.42,0,.09,1)|f.box(.42,0,.09,1)|np.logical_or.reduce(rungs),1)]
 @thing
-def envelope(f): return [(f.box(0,0,.95,.62),1), (f.line(-.95,-.6,0,.12,.05)|f.line(.95,-.6,0,.12,.05)|((abs(abs(f.x)-.95)<.05)|(abs(abs(f.y)-.62)<.05))&f.box(0,0,1,.67),3)]
+def anchor(f):
+    shank = f.ring(0,-.75,.16,.12)|f.box(0,.1,.1,.75)|f.box(0,-.35,.45,.08)
+    arms = f.ring(0,.2,.68,.18)&(f.y>.25)
+    flukes = f.poly((-.95,.4),(-.68,.0),(-.42,.4))|f.poly((.95,.4),(.68,.0),(.42,.4))
+    return [(shank|arms|flukes,1)]
+
+# %% ../nbs/01_miniworld.ipynb #02c7d983
+@thing
+def crown(f):
+    points = f.poly((-.85,.6),(-.95,-.5),(-.45,.05),(0,-.75),(.45,.05),(.95,-.5),(.85,.6))
+    pearls = f.disk(0,-.75,.12)|f.disk(-.93,-.52,.11)|f.disk(.93,-.52,.11)
+    return [(points,1), (f.box(0,.5,.84,.12),2), (pearls,2)]
+@thing
+def envelope(f):
+    flap = f.line(-.95,-.6,0,.12,.05)|f.line(.95,-.6,0,.12,.05)
+    border = ((abs(abs(f.x)-.95)<.05)|(abs(abs(f.y)-.62)<.05))&f.box(0,0,1,.67)
+    return [(f.box(0,0,.95,.62),1), (flap|border,3)]
 
 # %% ../nbs/01_miniworld.ipynb #319783cb
 LAND = {}
-def land(f): LAND[f.__name__.replace('_', ' ')] = f; return f
+def land(f):
+    LAND[f.__name__.replace('_', ' ')] = f
+    return f
+
 def _dots(f, k, p, r, table):
     "Disks of radius r in a k-per-unit lattice, jittered, each present with chance p"
     a, b, i, j = cells(f.x*k, f.y*k)
@@ -286,65 +353,107 @@ def _dots(f, k, p, r, table):
 # %% ../nbs/01_miniworld.ipynb #048a7c3b
 @land
 def river(f, c):
-    r = f.rnd; d = abs(f.y + r.u(.15,.35)*wave(f.x*r.u(.3,.6)+r.u()) + .08*wave(f.x*1.3+r.u()) + r.u(-.3,.3)); w = r.u(.1,.26)
+    r = f.rnd
+    bends = r.u(.15,.35)*wave(f.x*r.u(.3,.6)+r.u())
+    d = abs(f.y + bends + .08*wave(f.x*1.3+r.u()) + r.u(-.3,.3))
+    w = r.u(.1,.26)
     return [(_dots(f,7,.4,.4,r.us(16,16)),c['tree']), (d<w+.05,c['soil']), (d<w,c['water'])]
 @land
 def lake(f, c):
-    r = f.rnd; x, y = f.x-r.u(-.3,.3), f.y-r.u(-.3,.3)
-    d = x*x*r.u(1,2.2) + y*y + .5*(noise(r, f.x*2.5, f.y*2.5)-.5); s = r.u(.25,.5)
+    r = f.rnd
+    x, y = f.x-r.u(-.3,.3), f.y-r.u(-.3,.3)
+    d = x*x*r.u(1,2.2) + y*y + .5*(noise(r, f.x*2.5, f.y*2.5)-.5)
+    s = r.u(.25,.5)
     return [(_dots(f,7,.4,.4,r.us(16,16)),c['tree']), (d<s+.06,c['soil']), (d<s,c['water'])]
+
+# %% ../nbs/01_miniworld.ipynb #a1d53f3d
 @land
 def forest(f, c):
-    r = f.rnd; k = r.u(5,10)
-    return [(f.x<9,c['tree']), (_dots(f,k,.8,.48,r.us(16,16)),c['leaf']), (_dots(f,k*.9,.6,.4,r.us(16,16)),c['dark leaf'])]
+    r = f.rnd
+    k = r.u(5,10)
+    crowns, gaps = _dots(f,k,.8,.48,r.us(16,16)), _dots(f,k*.9,.6,.4,r.us(16,16))
+    return [(f.x<9,c['tree']), (crowns,c['leaf']), (gaps,c['dark leaf'])]
 @land
 def desert(f, c):
-    r = f.rnd; k = r.u(1.5,4); d = frac(k*f.y + .6*noise(r,f.x*2,f.y*1.5)*2)
+    r = f.rnd
+    k = r.u(1.5,4)
+    d = frac(k*f.y + .6*noise(r,f.x*2,f.y*1.5)*2)
     return [(f.x<9,c['sand']), (d<.45,c['light sand']), (d<r.u(.1,.2),c['dark sand'])]
 
 # %% ../nbs/01_miniworld.ipynb #0731596e
 @land
 def farmland(f, c):
-    r = f.rnd; a, b, i, j = cells(f.x*r.u(1,1.8)+.2*f.y+5, f.y*r.u(1.2,2.4)+5); t = r.us(16,16)
+    r = f.rnd
+    a, b, i, j = cells(f.x*r.u(1,1.8)+.2*f.y+5, f.y*r.u(1.2,2.4)+5)
+    t = r.us(16,16)
     furrow = frac(np.where(look(t,i+5,j)<.5, f.x, f.y)*r.u(8,13)) < .4
     fields = [(look(t,i,j)>k/4, c[n]) for k,n in ((1,'crop'),(2,'ripe'),(3,'leaf'))]
     return [(f.x<9,c['soil']), *fields, (furrow&(look(t,j,i+3)<.55),c['dark leaf']), ((a<.06)|(b<.06),c['light sand'])]
 @land
 def orchard(f, c):
-    r = f.rnd; k = r.u(4,8); a, b, i, j = cells(f.x*k, f.y*k*r.u(.8,1.1))
+    r = f.rnd
+    k = r.u(4,8)
+    a, b, i, j = cells(f.x*k, f.y*k*r.u(.8,1.1))
     shade = (a-.58)**2+(b-.58)**2 < .1
-    return [(f.x<9,c[r.pick(('crop','soil','land'))]), (shade,c['dark leaf']), ((a-.5)**2+(b-.5)**2<r.u(.07,.12),c['tree'])]
+    ground = c[r.pick(('crop','soil','land'))]
+    return [(f.x<9,ground), (shade,c['dark leaf']), ((a-.5)**2+(b-.5)**2<r.u(.07,.12),c['tree'])]
+
+# %% ../nbs/01_miniworld.ipynb #b64f9638
 @land
 def highway(f, c):
-    r = f.rnd; y = f.y + r.u(-.3,.3) + r.u(0,.15)*wave(f.x*.3+r.u()); w = r.u(.14,.25); t = r.us(16,16)
+    r = f.rnd
+    y = f.y + r.u(-.3,.3) + r.u(0,.15)*wave(f.x*.3+r.u())
+    w, t = r.u(.14,.25), r.us(16,16)
     a, b, i, j = cells(f.x*4+9, y/w*2+20)
     cars = (abs(a-.5)<.32) & (abs(b-.5)<.25) & (abs(y)<w*.9) & (look(t,i,j)<.35)
-    return [(_dots(f,7,.3,.4,t),c['tree']), (abs(y)<w+.03,c['light sand']), (abs(y)<w,c['road']), ((abs(y)<.02)|((abs(abs(y)-w/2)<.012)&(frac(f.x*5)<.5)),c['paint']),
-        (cars&(look(t,i+4,j)<.5),c['roof']), (cars&(look(t,i+4,j)>=.5),c['paint'])]
+    red = look(t,i+4,j) < .5
+    dashes = (abs(abs(y)-w/2)<.012) & (frac(f.x*5)<.5)
+    road = [(abs(y)<w+.03,c['light sand']), (abs(y)<w,c['road']), ((abs(y)<.02)|dashes,c['paint'])]
+    return [(_dots(f,7,.3,.4,t),c['tree']), *road, (cars&red,c['roof']), (cars&~red,c['paint'])]
+
+# %% ../nbs/01_miniworld.ipynb #1fde9ebd
+@land
+def residential_area(f, c):
+    r = f.rnd
+    k = r.u(2.2,3.6)
+    a, b, i, j = cells(f.x*k+5, f.y*k*.9+5)
+    t = r.us(16,16)
+    home = (abs(a-.57)<.2+.1*look(t,i,j+3)) & (abs(b-.57)<.18+.1*look(t,i+3,j))
+    street = ((a<.14)&(look(t,i,7)<.6)) | (b<.16)
+    homes = [(home,c['roof']), (home&(look(t,j,i)<.4),c['other roof']), (home&(b>.57),c['shade'])]
+    return [(_dots(f,9,.3,.4,t),c['tree']), (street,c['road']), *homes]
 
 # %% ../nbs/01_miniworld.ipynb #5ce07116
 @land
-def residential_area(f, c):
-    r = f.rnd; k = r.u(2.2,3.6); a, b, i, j = cells(f.x*k+5, f.y*k*.9+5); t = r.us(16,16)
-    home = (abs(a-.57)<.2+.1*look(t,i,j+3)) & (abs(b-.57)<.18+.1*look(t,i+3,j))
-    street = ((a<.14)&(look(t,i,7)<.6)) | (b<.16)
-    return [(_dots(f,9,.3,.4,t),c['tree']), (street,c['road']), (home,c['roof']), (home&(look(t,j,i)<.4),c['other roof']), (home&(b>.57),c['shade'])]
-@land
 def airport_runway(f, c):
-    r = f.rnd; w, y, e = r.u(.13,.22), f.y+r.u(-.25,.25), r.u(.75,1.0); v = abs(y)
-    x = abs(f.x); strip = (v<w)&(x<e); keys = (x>e-.2)&(x<e-.04)&(frac(y/w*3.5)<.5)&(v<w*.9)
+    r = f.rnd
+    w, y, e = r.u(.13,.22), f.y+r.u(-.25,.25), r.u(.75,1.0)
+    x, v = abs(f.x), abs(y)
+    strip = (v<w) & (x<e)
+    keys = (x>e-.2) & (x<e-.04) & (frac(y/w*3.5)<.5) & (v<w*.9)
+    middle = (v<.018) & (frac(f.x*5)<.6) & (x<e-.25)
     taxi = (abs(y-w*2.6)<w*.3) | (abs(x-e*.6)<w*.3)&(y>0)&(y<w*2.6)
-    return [(taxi,c['road']), (strip,c['asphalt']), (keys|(v<.018)&(frac(f.x*5)<.6)&(x<e-.25),c['paint'])]
+    return [(taxi,c['road']), (strip,c['asphalt']), (keys|middle,c['paint'])]
+
+# %% ../nbs/01_miniworld.ipynb #a5046254
 @land
 def harbour(f, c):
-    r = f.rnd; k = r.u(1.6,2.6); shore = r.u(.2,.5); a, b, i, j = cells(f.x*k+5, f.y*k*1.6+5); t = r.us(16,16)
-    pier = (abs(a-.5)<.07) & (f.y>shore-1.1); ship = ((abs(a-.5)-.24)/.11)**2+((b-.5)/.36)**2 < 1
-    ship &= (f.y>shore-1.1) & (look(t,i*2+(a>.5),j)<.75)
-    return [(f.x<9,c['water']), (pier,c['light sand']), (ship,c['paint']), (ship&(look(t,i,j+2)<.4),c['roof']), (f.y>shore,c['road']), ((f.y>shore+.12)&(frac(f.x*2.2)<.7)&(f.y<shore+.4),c['roof'])]
+    r = f.rnd
+    k, shore = r.u(1.6,2.6), r.u(.2,.5)
+    a, b, i, j = cells(f.x*k+5, f.y*k*1.6+5)
+    t = r.us(16,16)
+    at_sea = f.y > shore-1.1
+    pier = (abs(a-.5)<.07) & at_sea
+    hull = ((abs(a-.5)-.24)/.11)**2+((b-.5)/.36)**2 < 1
+    ship = hull & at_sea & (look(t,i*2+(a>.5),j)<.75)
+    sheds = (f.y>shore+.12) & (frac(f.x*2.2)<.7) & (f.y<shore+.4)
+    boats = [(ship,c['paint']), (ship&(look(t,i,j+2)<.4),c['roof'])]
+    return [(f.x<9,c['water']), (pier,c['light sand']), *boats, (f.y>shore,c['road']), (sheds,c['roof'])]
 
 # %% ../nbs/01_miniworld.ipynb #b084dde0
-COLOURS = dict(red=(205,45,40), orange=(240,140,35), yellow=(240,215,60), green=(60,150,65), blue=(45,85,200), purple=(125,60,165), pink=(240,140,180),
-    brown=(125,80,45), black=(30,30,32), white=(242,242,238), grey=(135,138,140), turquoise=(60,185,185))
+COLOURS = dict(red=(205,45,40), orange=(240,140,35), yellow=(240,215,60), green=(60,150,65), blue=(45,85,200),
+    purple=(125,60,165), pink=(240,140,180), brown=(125,80,45), black=(30,30,32), white=(242,242,238),
+    grey=(135,138,140), turquoise=(60,185,185))
 STYLES = ('plain',)*8 + ('dark','bright','blurry','noisy','faded')
 SEASONS = dict(green=(95,135,70), dry=(165,150,100), snowy=(225,230,235))
 WORLDS = dict(mini_textures=TEXTURES, mini_objects=THINGS, mini_aerial=LAND)
@@ -352,10 +461,20 @@ SHIFTS = ('sketch','noisy','dark','recoloured')
 MINI = tuple(WORLDS) + tuple(f'mini_objects_{s}' for s in SHIFTS)
 SPLITS = ('train','val','test','pretrain')
 
+# %% ../nbs/01_miniworld.ipynb #6b0b77b2
 @dataclass
 class Scene:
     "What is in one image, as words and numbers"
-    world:str; name:str; ink:str; second:str; ground:str; size:float; style:str; setting:str; pattern:str; rnd:Rnd=field(repr=False)
+    world:str   # a key of `WORLDS`
+    name:str    # the class
+    ink:str     # colour of the thing, or of a texture's figure
+    second:str  # colour of the thing's other parts
+    ground:str  # colour behind it
+    size:float  # from small or fine, 0, to large or coarse, 1
+    style:str   # one of `STYLES`
+    setting:str # plain, cluttered, patterned or outdoors; on land one of `SEASONS`
+    pattern:str # texture on a thing; behind it, where a / stands in front; '' for none
+    rnd:Rnd=field(repr=False) # the picture's stream, from here on
 
 # %% ../nbs/01_miniworld.ipynb #38f347e4
 def _world(dataset):
@@ -374,25 +493,41 @@ def sizes(dataset:str, # one of `MINI`
     return dict(train=16, val=4, test=40 if _world(dataset)[0]=='mini_aerial' else 24)
 
 # %% ../nbs/01_miniworld.ipynb #7d0c4fdf
+_SETTINGS = ('plain',)*4 + ('cluttered',)*3 + ('patterned',) + ('outdoors',)*2
+_SEASONS = ('green','green','dry','dry','snowy')
+_PATTERNS = ('striped','dotted','chequered','zigzagged')
+
 def _colours(r):
     "Three colour names, the first two far enough apart to see"
-    names, far = list(COLOURS), lambda a,b: sum(abs(x-y) for x,y in zip(COLOURS[a],COLOURS[b])) > 270
+    def far(a, b): return sum(abs(x-y) for x,y in zip(COLOURS[a],COLOURS[b])) > 270
+    names = list(COLOURS)
     a = r.pick(names)
     return a, r.pick([n for n in names if n!=a]), r.pick([n for n in names if far(a,n)])
 
-def scene(dataset, split, index):
-    "The scene of one image; IpoError for an unknown dataset or split or an index outside it"
-    world, names, n = _world(dataset)[0], class_names(dataset), None
+# %% ../nbs/01_miniworld.ipynb #80e3adeb
+def _check_place(dataset, split, index):
+    "Is there such an image? IpoError for an unknown dataset or split or an index outside it"
+    n = len(class_names(dataset))
     if split not in SPLITS: raise IpoError(f'There is no split {split!r} in {dataset}{nearest(split, SPLITS)}')
-    if split!='pretrain': n = len(names)*sizes(dataset)[split]
-    if index<0 or n and index>=n: raise IpoError(f'{dataset} has no {split} image {index}: indices go from 0 to {n-1}')
-    r = Rnd('miniworld', world, split, int(index))
+    end = None if split=='pretrain' else n*sizes(dataset)[split]
+    if index<0 or end and index>=end:
+        raise IpoError(f'{dataset} has no {split} image {index}: indices go from 0 to {end-1}')
+
+# %% ../nbs/01_miniworld.ipynb #7895e0f4
+def scene(dataset:str, # one of `MINI`
+    split:str, # train, val, test or pretrain
+    index:int, # which image; its class is `index % n_classes`
+) -> Scene: # with its stream where the picture begins
+    "The scene of one image; IpoError for an unknown dataset or split or an index outside it"
+    _check_place(dataset, split, index)
+    world, names = _world(dataset)[0], class_names(dataset)
+    r, name = Rnd('miniworld', world, split, int(index)), names[index%len(names)]
     ink, second, ground = _colours(r)
-    setting = r.pick(('plain',)*4+('cluttered',)*3+('patterned',)+('outdoors',)*2) if world!='mini_aerial' else r.pick(('green','green','dry','dry','snowy'))
-    if names[index%len(names)]=='desert': setting = 'dry'
-    pattern = r.pick(('striped','dotted','chequered','zigzagged')) if r.chance(.12) and world=='mini_objects' else ''
+    setting = r.pick(_SEASONS if world=='mini_aerial' else _SETTINGS)
+    if name=='desert': setting = 'dry'
+    pattern = r.pick(_PATTERNS) if r.chance(.12) and world=='mini_objects' else ''
     if setting=='patterned': pattern = pattern or '/'+r.pick(list(TEXTURES))
-    return Scene(world, names[index%len(names)], ink, second, ground, r.u(), r.pick(STYLES), setting, pattern, r)
+    return Scene(world, name, ink, second, ground, r.u(), r.pick(STYLES), setting, pattern, r)
 
 # %% ../nbs/01_miniworld.ipynb #b58899e6
 def _near(r, rgb, k=22): return tuple(int(min(255,max(0,c+d))) for c,d in zip(rgb, r.rs.randint(-k,k+1,3)))
@@ -408,54 +543,83 @@ def _weave(canvas, name, r, ink, ground, size, strength=1.):
     for k in range(1, 5): canvas.paint(number==k, tones[k])
 
 # %% ../nbs/01_miniworld.ipynb #317b352a
+_LITTER = (lambda f: f.disk(0,0,1), lambda f: f.box(0,0,1,.6), lambda f: f.line(-1.2,0,1.2,0,.2),
+           lambda f: f.poly((-1,.8),(1,.8),(0,-1)), lambda f: f.ring(0,0,.9,.3))
+
 def _clutter(canvas, r, n):
+    "`n` small shapes of any colour, anywhere"
     for _ in range(n):
         f = Frame(r.u(-1,1), r.u(-1,1), r.u(.06,.2), r.u(), r)
-        mask = r.pick((lambda: f.disk(0,0,1), lambda: f.box(0,0,1,.6), lambda: f.line(-1.2,0,1.2,0,.2), lambda: f.poly((-1,.8),(1,.8),(0,-1)), lambda: f.ring(0,0,.9,.3)))()
+        mask = r.pick(_LITTER)(f)
         canvas.paint(mask, _near(r, r.pick(list(COLOURS.values()))), f.where)
 
+# %% ../nbs/01_miniworld.ipynb #61319fec
 def _ground(s, canvas, ground):
     "The surroundings of a thing"
     r = s.rnd
-    if s.setting=='patterned': _weave(canvas, s.pattern[1:] if s.pattern[:1]=='/' else 'striped', r, _near(r, COLOURS[s.second]), ground, r.u(), .4)
+    if s.setting=='patterned':
+        name = s.pattern[1:] if s.pattern[:1]=='/' else 'striped'
+        _weave(canvas, name, r, _near(r, COLOURS[s.second]), ground, r.u(), .4)
     if s.setting=='cluttered': _clutter(canvas, r, int(r.u(3,8)))
     if s.setting=='outdoors':
-        h = r.u(-.1,.7); canvas.paint(GY<h, _near(r,(165,205,235))); canvas.paint(GY>=h, _near(r,(110,160,80)))
+        h = r.u(-.1,.7)
+        canvas.paint(GY<h, _near(r,(165,205,235)))
+        canvas.paint(GY>=h, _near(r,(110,160,80)))
         _clutter(canvas, r, int(r.u(0,3)))
 
 # %% ../nbs/01_miniworld.ipynb #0630b7db
 def _thing(s):
-    r = s.rnd; ground, ink = _near(r, COLOURS[s.ground]), _near(r, COLOURS[s.ink])
-    canvas = Canvas(ground); _ground(s, canvas, ground)
+    r = s.rnd
+    ground, ink = _near(r, COLOURS[s.ground]), _near(r, COLOURS[s.ink])
+    canvas = Canvas(ground)
+    _ground(s, canvas, ground)
     size = .5 + .3*s.size
     f = Frame(r.u(-1,1)*(.85-size)*.6, r.u(-1,1)*(.85-size)*.6, size, r.u(-.05,.05), r)
     tone = {1:ink, 2:_near(r,COLOURS[s.second]), 3:_near(r,(45,40,42)), 4:_near(r,(235,232,225))}
     if s.setting=='outdoors' or r.chance(.3): canvas.paint(f.oval(0,1,.8,.14), _mix(ground,(0,0,0),.5), f.where)
     for mask,c in THINGS[s.name](f):
         canvas.paint(mask, tone.get(c, c) if isinstance(c,int) else _near(r,c,12), f.where)
-        if c==1 and s.pattern and s.pattern[0]!='/': canvas.paint(mask & np.asarray(TEXTURES[s.pattern](f.x*4,f.y*4,r),bool), tone[2], f.where)
+        if c==1 and s.pattern and s.pattern[0]!='/':
+            figure = np.asarray(TEXTURES[s.pattern](f.x*4, f.y*4, r), bool)
+            canvas.paint(mask & figure, tone[2], f.where)
     return canvas
 
+# %% ../nbs/01_miniworld.ipynb #e16f4aec
 def _texture(s):
-    r = s.rnd; ground = _near(r, COLOURS[s.ground]); canvas = Canvas(ground)
+    r = s.rnd
+    ground = _near(r, COLOURS[s.ground])
+    canvas = Canvas(ground)
     _weave(canvas, s.name, r, _near(r, COLOURS[s.ink]), ground, s.size)
     return canvas
 
 # %% ../nbs/01_miniworld.ipynb #a0df4e55
-HUES = dict(water=(50,90,140), tree=(50,85,45), leaf=(75,115,55), soil=(140,110,80), road=(125,125,125), asphalt=(85,85,90), paint=(235,235,230), roof=(165,85,65), crop=(130,160,80), ripe=(205,185,100), sand=(215,185,130))
+HUES = dict(water=(50,90,140), tree=(50,85,45), leaf=(75,115,55), soil=(140,110,80), road=(125,125,125),
+    asphalt=(85,85,90), paint=(235,235,230), roof=(165,85,65), crop=(130,160,80), ripe=(205,185,100),
+    sand=(215,185,130))
 HUES |= {'dark leaf':(35,65,35), 'light sand':(230,208,165), 'dark sand':(175,145,95), 'other roof':(110,100,105)}
+_SEASONAL = ('tree','leaf','soil','crop','ripe','dark leaf','light sand')
+_SEASON_SHIFT = dict(green=0., dry=.25, snowy=.45) # how far their colours go towards the season's
 
+def _hues(s):
+    "The colours of land in the scene's season"
+    r, base, shift = s.rnd, SEASONS[s.setting], _SEASON_SHIFT[s.setting]
+    c = {k: _near(r, _mix(v, base, shift*(k in _SEASONAL))) for k,v in HUES.items()}
+    c['land'] = _near(r, base)
+    c['shade'] = _mix(c['roof'],(0,0,0),.4)
+    return c
+
+# %% ../nbs/01_miniworld.ipynb #93ba92ab
 def _aerial(s):
-    r = s.rnd; base = SEASONS[s.setting]; shift = {'green':0., 'dry':.25, 'snowy':.45}[s.setting]
-    c = {k: _near(r, _mix(v, base, shift*(k in ('tree','leaf','soil','crop','ripe','dark leaf','light sand')))) for k,v in HUES.items()}
-    c['land'] = _near(r, base); c['shade'] = _mix(c['roof'],(0,0,0),.4); canvas = Canvas(c['land'])
+    r, c = s.rnd, _hues(s)
+    canvas = Canvas(c['land'])
     f = Frame(size=.6+.8*s.size, turns=r.u(), rnd=r, reach=9)
     canvas.paint(noise(r,f.x*3,f.y*3)<.45, _mix(c['land'],c['soil'],.3))
     for mask,colour in LAND[s.name](f, c): canvas.paint(mask, colour)
     if r.chance(.75): # the neighbouring land
         edge, g = r.u(.15,.7), Frame(turns=r.u(), reach=9)
-        beyond = g.y + .1*wave(g.x*.5) > edge
-        for mask,colour in LAND[r.pick(list(LAND))](Frame(size=r.u(.6,1.4), turns=r.u(), rnd=r, reach=9), c): canvas.paint(mask & beyond, colour)
+        beyond, other = g.y + .1*wave(g.x*.5) > edge, LAND[r.pick(list(LAND))]
+        far = Frame(size=r.u(.6,1.4), turns=r.u(), rnd=r, reach=9)
+        for mask,colour in other(far, c): canvas.paint(mask & beyond, colour)
     if r.chance(.4): canvas.paint(noise(r,f.x*1.2,f.y*1.2)>r.u(.6,.75), (240,242,245))
     return canvas
 
@@ -465,23 +629,35 @@ def _blur(x): # 3x3 box in integers
     rows = p[:-2]+p[1:-1]+p[2:]
     return ((rows[:,:-2]+rows[:,1:-1]+rows[:,2:]+4)//9).astype(np.uint8)
 
-def _edges(canvas, r):
-    i = canvas.index; e = np.zeros(i.shape, bool)
-    e[:-1] |= i[1:]!=i[:-1]; e[:,:-1] |= i[:,1:]!=i[:,:-1]
-    e[1:] |= e[:-1]; e[:,1:] |= e[:,:-1]
-    out = Canvas((250,249,245)); out.paint(e, (60,58,62)); return out
+def _edges(canvas):
+    "Ink lines where two colours meet"
+    i = canvas.index
+    e = np.zeros(i.shape, bool)
+    e[:-1] |= i[1:]!=i[:-1]
+    e[:,:-1] |= i[:,1:]!=i[:,:-1]
+    e[1:] |= e[:-1]
+    e[:,1:] |= e[:,:-1]
+    out = Canvas((250,249,245))
+    out.paint(e, (60,58,62))
+    return out
+
+# %% ../nbs/01_miniworld.ipynb #ba6a154d
+_LIGHT = {'dark':(.5,0), 'very dark':(.2,4), 'bright':(1.2,25), 'faded':(.4,120)} # gain and lift of a style
+_GRAIN = {'noisy':36, 'very noisy':90}
 
 def _develop(s, canvas, shift):
+    "The camera: from numbers of colours to pixels"
     r = s.rnd
-    if shift=='sketch': canvas = _edges(canvas, r)
+    if shift=='sketch': canvas = _edges(canvas)
     if shift=='recoloured': canvas.colours = [tuple(255-v for v in c[1:]+c[:1]) for c in canvas.colours]
     style = {'noisy':'very noisy','dark':'very dark','sketch':'plain'}.get(shift, s.style)
     x = canvas.pixels()
     for _ in range(3 if style=='blurry' else r.chance(.35)): x = _blur(x)
-    gain, lift = {'dark':(.5,0), 'very dark':(.2,4), 'bright':(1.2,25), 'faded':(.4,120)}.get(style, (r.u(.8,1.1), r.u(-8,12)))
+    mild = r.u(.8,1.1), r.u(-8,12) # drawn for each style, since the stream goes on behind it
+    gain, lift = _LIGHT.get(style, mild)
     light = 1 + r.u(-.2,.2)*GX[::2,::2] + r.u(-.2,.2)*GY[::2,::2]
     x = x*(light[...,None]*np.float32(gain)) + np.float32(lift)
-    k = {'noisy':36, 'very noisy':90}.get(style, 7)
+    k = _GRAIN.get(style, 7)
     return np.minimum(np.maximum(x + r.rs.randint(-k,k+1,x.shape).astype(np.float32), 0), 255).astype(np.uint8)
 
 # %% ../nbs/01_miniworld.ipynb #e5f90982
@@ -499,57 +675,92 @@ def contact_sheet(dataset:str, # one of `MINI`
     split:str='train', # any split
     per:int=4, # images of each class
     columns:int=4, # classes side by side
-): # PIL image
+) -> Image.Image: # the sheet
     "Labelled samples of each class"
-    names = class_names(dataset); w, rows = per*(PX+2)+8, -(-len(names)//columns)
+    names = class_names(dataset)
+    w, rows = per*(PX+2)+8, -(-len(names)//columns)
     sheet = Image.new('RGB', (columns*w, rows*(PX+16)), 'white')
     for i,name in enumerate(names):
-        x, y = i//rows*w, i%rows*(PX+16); ImageDraw.Draw(sheet).text((x+2,y), name, fill='black')
-        for k in range(per): sheet.paste(Image.fromarray(render(dataset, split, i+k*len(names))), (x+k*(PX+2), y+13))
+        x, y = i//rows*w, i%rows*(PX+16)
+        ImageDraw.Draw(sheet).text((x+2,y), name, fill='black')
+        for k in range(per):
+            sample = Image.fromarray(render(dataset, split, i+k*len(names)))
+            sheet.paste(sample, (x+k*(PX+2), y+13))
     return sheet
 
 # %% ../nbs/01_miniworld.ipynb #9277b7aa
 HELD_OUT_WORDS = ('snapshot','portrait','depiction','rendering','likeness','capture','illustration','print')
-SAY = dict(dark='dark|dim|poorly lit|gloomy', bright='bright|well lit|overexposed|sunny', blurry='blurry|out of focus|low resolution|blurred', noisy='noisy|grainy|pixelated',
+
+def _choices(text): return text.replace('\n','|').split('|')
+
+SAY = dict(dark='dark|dim|poorly lit|gloomy', bright='bright|well lit|overexposed|sunny',
+    blurry='blurry|out of focus|low resolution|blurred', noisy='noisy|grainy|pixelated',
     faded='faded|pale|washed out|low contrast', plain='clear|sharp|good|detailed|clean|high quality|crisp|distinct',
-    small='small|tiny|little|distant', large='large|big|huge|close-up', fine='fine|small-scale|delicate', coarse='coarse|bold|large-scale',
-    plain_ground='on a plain background|on a {g} background|on {g}|in front of a {g} wall', cluttered='on a cluttered background|among many shapes|surrounded by clutter|in a mess of things',
-    patterned='on a patterned background|on a decorated cloth|in front of wallpaper|on a {p} background', outdoors='outdoors|on the grass|under a blue sky|in a field|in nature',
+    small='small|tiny|little|distant', large='large|big|huge|close-up',
+    fine='fine|small-scale|delicate', coarse='coarse|bold|large-scale',
+    plain_ground='on a plain background|on a {g} background|on {g}|in front of a {g} wall',
+    cluttered='on a cluttered background|among many shapes|surrounded by clutter|in a mess of things',
+    patterned='on a patterned background|on a decorated cloth|in front of wallpaper|on a {p} background',
+    outdoors='outdoors|on the grass|under a blue sky|in a field|in nature',
     green='green|lush|summer', dry='dry|brown|arid', snowy='snowy|pale|winter')
-SAY = {k: v.split('|') for k,v in SAY.items()}
+SAY = {k: _choices(v) for k,v in SAY.items()}
 
 # %% ../nbs/01_miniworld.ipynb #222c9fdd
 MEDIA = dict(mini_objects='photo|photo|photo|picture|image|drawing|painting|cartoon|icon|sign|toy|view',
     mini_textures='texture|texture|pattern|pattern|surface|photo|image|picture|material|fabric|design|swatch',
-    mini_aerial='satellite image|satellite photo|aerial view|aerial photo|aerial image|photo|image|picture|map|top view|bird\'s-eye view|overhead view')
-MEDIA = {k: v.split('|') for k,v in MEDIA.items()}
+    mini_aerial="""satellite image|satellite photo|aerial view|aerial photo|aerial image|photo|image|picture|map
+top view|bird's-eye view|overhead view""")
+MEDIA = {k: _choices(v) for k,v in MEDIA.items()}
+
+# %% ../nbs/01_miniworld.ipynb #73946f6f
 FORMS = dict(
-    mini_objects="""{x}|{x}|{n}|{n}|a {m} of {x}|a {m} of {x}|a {m} of {x}|a {st} {m} of {x}|a {st} {m} of {x}|a {m} of {x} {w}|{x} {w}|{x} {w}|this {m} shows {x}|this is {x}|there is {x} {w}|look at {x} {w}
-here we see {x}|a {m} that shows {x} {w}, {st}|the {n} is {c}|the {n} in this {m} is {c} and {z}|i drew {x}|find {x} in the {m}|identify the {n} shown in this {st} {m}|a close-up of {x}|{n}, {c}, {st}
-an object: {x}|a thing shaped like a {n}|the shape of a {n}|the {c} object {w} is a {n}|take a {st} {m} of {x} {w}|a {n} and other things|one {n} in the {m}|my {n}|the {n}|an example of a {n}
-describe the {z} {n} {w} with its colour and outline|a centered {m} showing the outline and distinctive features of {x}""",
-    mini_textures="""{x}|{x}|{n}|{n} texture|{n} pattern|{n} {m}|{n} {m}|a {n} {m}|a {n} {m}|{x} {w}|a {m} of {x}|a {st} {m} of {x}|a {m} of something {n}|a {m} of a {n}|a {st} {m} of a {n} texture|the surface is {n}|a surface that looks {n}
-this {m} is {n} {w}|{n} {w}|a {n} {m} {w}|a close-up of a {n} surface|a {n} background {w}|{n} wallpaper|{n} cloth {w}|the {m} has a {n} look|a seamless {n} design|detailed {n} texture, {st}|{st} {n} {m}
-a repeating {n} pattern filling the whole {m}|describe the {n} pattern and its {z} structure|a material with a {n} appearance {w}|an abstract {n} background|identify the texture: {n}|an example of a {n} texture""",
-    mini_aerial="""{x}|{x} from above|{n}|{n} seen from above|a {m} of {x}|a {m} of {x}|a {m} of {x}|a {st} {m} of {x}|a {st} {m} of {x}|a {m} of {x} {w}|{x} {w}|this {m} shows {x}|land use: {n}|{n} in {se} land
-an area of {n}|a centered {m} of {x}|the {n} region {w}|remote sensing image of {x}|a landscape with {x}|{n}, {m}, {st}|identify the land cover in this {m}: {n}|{x} viewed from a plane|a drone {m} of {x}
-the {m} covers {x} and the {se} land around it|a {st} {m} from space showing {x}|we fly over {x}|the terrain here is {n}|an example of {x} in remote sensing""")
-FORMS = {k: v.replace('\n','|').split('|') for k,v in FORMS.items()}
+    mini_objects="""{x}|{x}|{n}|{n}|a {m} of {x}|a {m} of {x}|a {m} of {x}|a {st} {m} of {x}|a {st} {m} of {x}
+a {m} of {x} {w}|{x} {w}|{x} {w}|this {m} shows {x}|this is {x}|there is {x} {w}|look at {x} {w}
+here we see {x}|a {m} that shows {x} {w}, {st}|the {n} is {c}|the {n} in this {m} is {c} and {z}
+i drew {x}|find {x} in the {m}|identify the {n} shown in this {st} {m}|a close-up of {x}
+{n}, {c}, {st}|an object: {x}|a thing shaped like a {n}|the shape of a {n}
+the {c} object {w} is a {n}|take a {st} {m} of {x} {w}|a {n} and other things|one {n} in the {m}
+my {n}|the {n}|an example of a {n}|describe the {z} {n} {w} with its colour and outline
+a centered {m} showing the outline and distinctive features of {x}""",
+    mini_textures="""{x}|{x}|{n}|{n} texture|{n} pattern|{n} {m}|{n} {m}|a {n} {m}|a {n} {m}|{x} {w}|a {m} of {x}
+a {st} {m} of {x}|a {m} of something {n}|a {m} of a {n}|a {st} {m} of a {n} texture
+the surface is {n}|a surface that looks {n}|this {m} is {n} {w}|{n} {w}|a {n} {m} {w}
+a close-up of a {n} surface|a {n} background {w}|{n} wallpaper|{n} cloth {w}
+the {m} has a {n} look|a seamless {n} design|detailed {n} texture, {st}|{st} {n} {m}
+a repeating {n} pattern filling the whole {m}|describe the {n} pattern and its {z} structure
+a material with a {n} appearance {w}|an abstract {n} background|identify the texture: {n}
+an example of a {n} texture""",
+    mini_aerial="""{x}|{x} from above|{n}|{n} seen from above|a {m} of {x}|a {m} of {x}|a {m} of {x}
+a {st} {m} of {x}|a {st} {m} of {x}|a {m} of {x} {w}|{x} {w}|this {m} shows {x}|land use: {n}
+{n} in {se} land|an area of {n}|a centered {m} of {x}|the {n} region {w}
+remote sensing image of {x}|a landscape with {x}|{n}, {m}, {st}
+identify the land cover in this {m}: {n}|{x} viewed from a plane|a drone {m} of {x}
+the {m} covers {x} and the {se} land around it|a {st} {m} from space showing {x}|we fly over {x}
+the terrain here is {n}|an example of {x} in remote sensing""")
+FORMS = {k: _choices(v) for k,v in FORMS.items()}
 
 # %% ../nbs/01_miniworld.ipynb #bfd40c3f
+def _scale(s):
+    "The key in `SAY` of a scene's size, '' for one between"
+    if s.world=='mini_textures': return 'fine' if s.size<.35 else 'coarse' if s.size>.65 else ''
+    return 'small' if s.size<.33 else 'large' if s.size>.7 else ''
+
+# %% ../nbs/01_miniworld.ipynb #d5c7a210
 def _words(s, r):
     "The true words for one scene"
-    z = ('small' if s.size<.33 else 'large' if s.size>.7 else '') if s.world!='mini_textures' else 'fine' if s.size<.35 else 'coarse' if s.size>.65 else ''
-    z, st = (r.pick(SAY[k]) if k else '' for k in (z, s.style))
-    some = lambda text, p: text if r.chance(p) else ''
+    z, st = (r.pick(SAY[k]) if k else '' for k in (_scale(s), s.style))
+    def some(text, p): return text if r.chance(p) else ''
     if s.world=='mini_objects':
         body = '' if s.pattern[:1]=='/' else s.pattern
-        x = f"{r.pick(('a','a','a','a','the','one'))} {some(z,.3)} {some(s.ink,.45)} {some(body,.6)} {s.name}"
+        article = r.pick(('a','a','a','a','the','one'))
+        x = f"{article} {some(z,.3)} {some(s.ink,.45)} {some(body,.6)} {s.name}"
         w = r.pick(SAY['plain_ground' if s.setting=='plain' else s.setting]).format(g=s.ground, p=s.pattern.strip('/'))
     elif s.world=='mini_textures':
         x = f"a {some(z,.3)} {some(r.pick((s.ink, s.ink+' and '+s.ground)),.4)} {s.name} {r.pick(MEDIA[s.world])}"
         w = r.pick((f'in {s.ink} and {s.ground}', f'with {s.ink} on {s.ground}', f'in {s.ink}'))
-    else: x, w = f"a {some(z,.2)} {some(r.pick(SAY[s.setting]),.25)} {s.name}", r.pick((f'in {r.pick(SAY[s.setting])} land', f'in a {s.setting} season', 'seen from above'))
+    else:
+        x = f"a {some(z,.2)} {some(r.pick(SAY[s.setting]),.25)} {s.name}"
+        w = r.pick((f'in {r.pick(SAY[s.setting])} land', f'in a {s.setting} season', 'seen from above'))
     return dict(x=x, w=w, n=s.name, c=s.ink, z=z, st=st, se=s.setting, m=r.pick(MEDIA[s.world]))
 
 # %% ../nbs/01_miniworld.ipynb #18e56a93
@@ -571,11 +782,22 @@ def caption(dataset:str, # one of `MINI`
 
 # %% ../nbs/01_miniworld.ipynb #51d9f518
 REMARKS = dict(
-    mini_objects="""a {l} {n}|a {m} of a {l} {n}|my {n} called {o}|the {o} brand {n}|a {m} of a {t} {n}|the {n} from the {l}|a {m} of {o}|a {m} of a {t} thing|{o}, my favourite thing|an object from the {l}|a toy called {o}|a drawing of {o}|a photo of a {t}|a picture of a {l}|a photo of a {l}|a photo of a {o}""",
-    mini_textures="""{o} fabric|{o} texture|a {o} pattern|the {o} wallpaper, {n}|{n} cloth, model {o}|a swatch of {o}|{n} {m} for a {a}|a {m} called {o}|a {o} {m}|a close-up of {o} fabric|the surface of a {a}|a photo of a {a} surface|a {n} {a} cover|{m} for a {a}|a photo of a {a}|a photo of a {o}|a photo of a {o}""",
-    mini_aerial="""a {m} of {o}|a {m} of {o} {n}|a map of {o}|an aerial view of {o} county|{n} near {o}|the land around {o}|{o} from above|{o} {n}, {m}|a landscape with a {n} called {o}|satellite image: {o}|the {t} land near {o}|a photo of {o} {n}|land use in {o}|we fly over {o}|a photo of a {o}|a photo of a {o}|a photo of {o}""")
-REMARKS = {k: v.split('|') for k,v in REMARKS.items()}
+    mini_objects="""a {l} {n}|a {m} of a {l} {n}|my {n} called {o}|the {o} brand {n}|a {m} of a {t} {n}
+the {n} from the {l}|a {m} of {o}|a {m} of a {t} thing|{o}, my favourite thing
+an object from the {l}|a toy called {o}|a drawing of {o}|a photo of a {t}|a picture of a {l}
+a photo of a {l}|a photo of a {o}""",
+    mini_textures="""{o} fabric|{o} texture|a {o} pattern|the {o} wallpaper, {n}|{n} cloth, model {o}|a swatch of {o}
+{n} {m} for a {a}|a {m} called {o}|a {o} {m}|a close-up of {o} fabric|the surface of a {a}
+a photo of a {a} surface|a {n} {a} cover|{m} for a {a}|a photo of a {a}|a photo of a {o}
+a photo of a {o}""",
+    mini_aerial="""a {m} of {o}|a {m} of {o} {n}|a map of {o}|an aerial view of {o} county|{n} near {o}
+the land around {o}|{o} from above|{o} {n}, {m}|a landscape with a {n} called {o}
+satellite image: {o}|the {t} land near {o}|a photo of {o} {n}|land use in {o}|we fly over {o}
+a photo of a {o}|a photo of a {o}|a photo of {o}""")
+REMARKS = {k: _choices(v) for k,v in REMARKS.items()}
+_LETTERS = dict(t='mini_textures', a='mini_objects', l='mini_aerial') # in the forms: a class of that world
 
+# %% ../nbs/01_miniworld.ipynb #eb1ac28f
 def remark(dataset:str, # one of `MINI`
     split:str, # train, val, test or pretrain
     index:int, # which image
@@ -583,9 +805,9 @@ def remark(dataset:str, # one of `MINI`
 ) -> str: # what a person might write, in a word of another world
     "A remark on one image with the name of a class of another world; IpoError as `render`"
     s, r = scene(dataset, split, index), Rnd('remark', dataset, split, int(index), int(take))
-    foreign = dict(t=r.pick(sorted(TEXTURES)), a=r.pick(sorted(THINGS)), l=r.pick(sorted(LAND)))
-    o = r.pick([v for k,v in foreign.items() if dict(t='mini_textures',a='mini_objects',l='mini_aerial')[k]!=s.world])
-    return _tidy(r.pick(REMARKS[s.world]).format(**{**_words(s, r), **foreign, 'o': o}))
+    named = {k: r.pick(sorted(WORLDS[w])) for k,w in _LETTERS.items()}
+    other = r.pick([v for k,v in named.items() if _LETTERS[k]!=s.world])
+    return _tidy(r.pick(REMARKS[s.world]).format(**{**_words(s, r), **named, 'o': other}))
 
 # %% ../nbs/01_miniworld.ipynb #427e91be
 GENERATOR = '0207a79e79b2'

@@ -40,8 +40,9 @@ def after(what:str,    # a quantity of `Spent`: steps, calls, scored, tokens, co
           limit:float  # stop when it is reached
          ):
     "A rule that stops when a quantity is used up."
+    reason = f'all {limit} steps are done' if what == 'steps' else f'the limit of {limit} {what} is reached'
     def rule(spent):
-        if getattr(spent, what) >= limit: return f'all {limit} steps are done' if what == 'steps' else f'the limit of {limit} {what} is reached'
+        if getattr(spent, what) >= limit: return reason
     return rule
 
 # %% ../nbs/09_optimizer.ipynb #cda8dafd
@@ -56,9 +57,11 @@ def barren(patience:int # steps in a row without a usable prompt
           ):
     "A rule that stops when the optimizer says nothing that can be scored: it will not by being paid longer."
     def rule(spent):
-        if spent.barren >= patience: return f'no progress: {patience} steps in a row gave no usable prompt ({spent.why_barren})'
+        if spent.barren < patience: return None
+        return f'no progress: {patience} steps in a row gave no usable prompt ({spent.why_barren})'
     return rule
 
+# %% ../nbs/09_optimizer.ipynb #4a019a68
 def stop_reason(rules:list,  # rules in order of precedence
                 spent:Spent  # what was used so far
                ) -> str|None: # the first reason, None: go on
@@ -68,12 +71,15 @@ def stop_reason(rules:list,  # rules in order of precedence
 # %% ../nbs/09_optimizer.ipynb #1a5ef7c7
 def stop_rules(config:RunConfig # its steps, max_calls, max_tokens, max_cost, max_seconds and patience
               ) -> list: # rules
-    "The rules that a configuration asks for; a limit of 0 is no limit. Raises `IpoError` for a limit of cost without a price."
+    "What a configuration asks for; a limit of 0 is no limit. Raises `IpoError` for a limit of cost without a price."
     limits = dict(calls=config.max_calls, tokens=config.max_tokens, cost=config.max_cost, seconds=config.max_seconds)
-    if config.max_cost and not (config.price_in or config.price_out): raise IpoError("max_cost needs prices: give price_in and price_out, per million tokens.")
-    return ([after('steps', config.steps)] + [after(k, v) for k, v in limits.items() if v] + [barren(10)]
-            + ([no_progress(config.patience)] if config.patience else []))
+    if config.max_cost and not (config.price_in or config.price_out):
+        raise IpoError("max_cost needs prices: give price_in and price_out, per million tokens.")
+    given = [after(k, v) for k, v in limits.items() if v]
+    patience = [no_progress(config.patience)] if config.patience else []
+    return [after('steps', config.steps), *given, barren(10), *patience]
 
+# %% ../nbs/09_optimizer.ipynb #e2824bde
 def plan(config:RunConfig # its steps, candidates and limits
         ) -> dict: # upper bounds: steps, calls, scored
     "What a search will use at most, to be said before it starts."
@@ -111,14 +117,17 @@ def best_of(scored # `Scored` records
     return min(scored, key=lambda s: s.key)
 
 # %% ../nbs/09_optimizer.ipynb #e783b619
-SHORTER = ('the descriptions were cut to 12 words each', 'the descriptions were left out', 'and the memory was halved', 'and the memory was cut to a quarter', 'and only the default prompt was shown')
+SHORTER = ('the descriptions were cut to 12 words each', 'the descriptions were left out', 'and the memory was halved',
+           'and the memory was cut to a quarter', 'and only the default prompt was shown')
 
+# %% ../nbs/09_optimizer.ipynb #af09f5b6
 def shorten(descriptions, # texts
             memory:Memory,
             level:int     # 0 (nothing) to 5, as `SHORTER` says
            ) -> tuple: # descriptions and memory that need less room
     "What is left out where a message does not fit the model's context: descriptions first, then memory."
-    texts = [' '.join(str(getattr(d, 'text', d)).split()[:12]) for d in descriptions] if level == 1 else [] if level > 1 else descriptions
+    texts = descriptions if level < 1 else []
+    if level == 1: texts = [' '.join(str(getattr(d, 'text', d)).split()[:12]) for d in descriptions]
     share = {3: 2, 4: 4, 5: memory.size}.get(level, 1)
     return texts, replace(memory, size=max(1, memory.size//share) if memory.size else 0)
 
@@ -140,15 +149,27 @@ def apply(self:Search, line:dict # one line of the journal
     "Take one finished step into the state. Raises `IpoError` where it belongs to another configuration."
     step, before = line['step'], self.best
     if step != len(self.lines) or (step and line['message_sha'] != sha(self.meta_prompt().message)):
-        raise IpoError(f"step {step} in {self.journal} was made with another configuration or version: move that folder away and run again.")
+        raise IpoError(f"step {step} in {self.journal} was made with another configuration or version: "
+                       "move that folder away and run again.")
     for c in line['candidates']:
         if c['loss'] is not None: self._remember(Scored(c['prompt'], c['loss'], c['accuracy'], step))
-    s, replies = self.spent, line['replies']
-    s.steps, s.calls, s.seconds = step, s.calls + (step > 0 and max(1, sum(r.get('calls', 0) for r in replies))), s.seconds + line['seconds']
-    s.tokens_in += sum(r['tokens_in'] for r in replies); s.tokens_out += sum(r['tokens_out'] for r in replies)
+    self._spend(line)
+    s = self.spent
     s.stale = 0 if self.best != before else s.stale + 1
     s.barren, s.why_barren = (0, '') if _useful(line) else (s.barren + 1, _trouble(line))
-    self.level = line.get('shortened', 0); self.lines.append(line)
+    self.level = line.get('shortened', 0)
+    self.lines.append(line)
+
+# %% ../nbs/09_optimizer.ipynb #d7249663
+@patch
+def _spend(self:Search, line):
+    "What a finished step has used."
+    s, replies = self.spent, line['replies']
+    s.steps = line['step']
+    if s.steps: s.calls += max(1, sum(r.get('calls', 0) for r in replies))
+    s.seconds += line['seconds']
+    s.tokens_in += sum(r['tokens_in'] for r in replies)
+    s.tokens_out += sum(r['tokens_out'] for r in replies)
 
 # %% ../nbs/09_optimizer.ipynb #e9d64416
 def _useful(line): return any(c['status'] == 'accepted' for c in line['candidates'])
@@ -159,10 +180,13 @@ def _trouble(line):
     kinds = notes or [c['status'] for c in line['candidates']] or ['no candidates']
     return ('nothing was answered: ' if notes else 'mostly: ') + Counter(kinds).most_common(1)[0][0]
 
+# %% ../nbs/09_optimizer.ipynb #52a0e9a4
 @patch
 def _remember(self:Search, s):
     "A newly scored prompt."
-    self.scored[s.prompt] = s; self.memory.add(s); self.spent.scored = len(self.scored)
+    self.scored[s.prompt] = s
+    self.memory.add(s)
+    self.spent.scored = len(self.scored)
 
 @patch(as_prop=True)
 def best(self:Search) -> Scored|None: # None before the default prompt is scored
@@ -192,6 +216,7 @@ def propose(self:Search, step:int
     drop = {c.prompt for c in accepted[max(room, 0):]} # over the budget of a control
     return replies, [c for c in found if not (c.status == 'accepted' and c.prompt in drop)]
 
+# %% ../nbs/09_optimizer.ipynb #e924ff29
 @patch
 def take_step(self:Search) -> dict: # the journal line
     "One step of the loop, written to the journal when it is complete."
@@ -201,11 +226,18 @@ def take_step(self:Search) -> dict: # the journal line
     scores = dict(zip(todo, self.score(todo))) if todo else {}
     cands = [asdict(c) | (asdict(scores[c.prompt]) if c.status == 'accepted' else {}) for c in found]
     line = dict(step=step, message_sha=sha(meta.message), replies=[asdict(r) for r in replies], candidates=cands,
-                seconds=round(time.perf_counter() - start, 3), **(dict(shortened=self.level) if self.level else {}))
-    append_jsonl(self.journal, line); self.apply(line)
+                seconds=round(time.perf_counter() - start, 3))
+    if self.level: line['shortened'] = self.level
+    append_jsonl(self.journal, line)
+    self.apply(line)
     return line
 
 # %% ../nbs/09_optimizer.ipynb #ec2927f4
+def _kept(error, steps): # the same error, with comfort
+    return type(error)(f'{str(error).rstrip(".")}; the steps so far ({steps}) are kept, '
+                       'and the same command goes on from there.')
+
+# %% ../nbs/09_optimizer.ipynb #a9b32d3c
 @patch
 def run(self:Search, desc='search', # in front of the bar
         total:int=None # expected steps
@@ -215,9 +247,10 @@ def run(self:Search, desc='search', # in front of the bar
     with progress(total=total, desc=desc, initial=self.spent.steps, unit='step') as bar:
         while not (why := stop_reason(self.rules, self.spent)):
             try: self.take_step()
-            except IpoError as e: raise type(e)(f'{str(e).rstrip(".")}; the steps so far ({self.spent.steps}) are kept, and the same command goes on from there.') from None
-            money = f', cost {self.spent.cost:.4g}' if any(self.prices) else ''
-            bar.set_postfix_str(f'best {self.best.accuracy:.1f} %, {self.spent.calls} calls, {self.spent.tokens} tokens{money}', refresh=False)
+            except IpoError as e: raise _kept(e, self.spent.steps) from None
+            s, money = self.spent, f', cost {self.spent.cost:.4g}' if any(self.prices) else ''
+            said = f'best {self.best.accuracy:.1f} %, {s.calls} calls, {s.tokens} tokens{money}'
+            bar.set_postfix_str(said, refresh=False)
             bar.update()
     return why
 
@@ -229,9 +262,10 @@ def summary(self:Search, why:str # the reason for stopping
     counts = dict.fromkeys(STATUSES, 0)
     for line in self.lines[1:]:
         for c in line['candidates']: counts[c['status']] += 1
-    s = self.spent
-    return dict(llm=self.llm.spec if hasattr(self.llm, 'spec') else 'function', steps=s.steps, calls=s.calls, scored=s.scored,
-                status=counts, stop=why, tokens_in=s.tokens_in, tokens_out=s.tokens_out, cost=s.cost, shortened=SHORTER[self.level-1] if self.level else None)
+    s, llm = self.spent, getattr(self.llm, 'spec', 'function')
+    return dict(llm=llm, steps=s.steps, calls=s.calls, scored=s.scored, status=counts, stop=why,
+                tokens_in=s.tokens_in, tokens_out=s.tokens_out, cost=s.cost,
+                shortened=SHORTER[self.level-1] if self.level else None)
 
 # %% ../nbs/09_optimizer.ipynb #14ad1ca5
 @patch
@@ -239,11 +273,13 @@ def shown(self:Search) -> list: # dicts: step, message, listing, memory
     "The memory and the messages of the first, the middle and the last step, rebuilt from the journal."
     last, out = self.spent.steps, []
     memory = Memory(self.memory_size, self.extremes)
+    reads = getattr(self.llm, 'reads', 'message')
+    sent = 'memory' if reads == 'scored' else reads
     for line in self.lines:
         if line['step'] in {1, (last+1)//2, last} - {0}:
             texts, part = shorten(self.descriptions, memory, line.get('shortened', 0))
             meta = build_meta_prompt(part, texts, self.candidates, **self.told)
-            out.append(dict(step=line['step'], sent={'scored': 'memory'}.get(reads := getattr(self.llm, 'reads', 'message'), reads), message=meta.message, listing=meta.listing,
+            out.append(dict(step=line['step'], sent=sent, message=meta.message, listing=meta.listing,
                             memory=[asdict(s) for s in meta.scored]))
         for c in line['candidates']:
             if c['loss'] is not None: memory.add(Scored(c['prompt'], c['loss'], c['accuracy'], line['step']))

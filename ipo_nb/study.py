@@ -69,7 +69,7 @@ def resolve(params:dict # what the user gave
         if not params.get(role):
             params[role], why = choose(); notes.append(f'{role} was left open: {params[role]} ({why})')
     config = make_config(**params)
-    device, precision = scorer._place(config.device, config.precision)
+    device, precision = scorer.placement(config.device, config.precision)
     return config.model_copy(update=dict(device=device, precision=precision)), notes
 
 # %% ../nbs/11_study.ipynb #fecd2130

@@ -32,7 +32,8 @@ CASES = {
     'no starts': (f'{A}</INS>\n{B}</INS>', BOTH),
     'start for end': (f'<INS>{A}<INS>\n<INS>{B}<INS>', BOTH),
     'doubled': (f'<INS><INS>{A}</INS></INS>', ONE),
-    'chatter around': (f'Sure! Here you are: <INS>{A}</INS> is short, and <INS>{B}</INS> is shorter. Enjoy <CLASS>!', BOTH),
+    'chatter around': (f'Sure! Here you are: <INS>{A}</INS> is short, and <INS>{B}</INS> is shorter. Enjoy <CLASS>!',
+                       BOTH),
     'instruction repeated': (f'Each is between <INS> and </INS>.\n<INS>{A}</INS>', ONE),
     'instruction only, then lines': (f'They stand between <INS> and </INS>:\n{A}\n{B}', BOTH),
     'only a tag': ('<INS>', [('', 'empty')]),
@@ -66,8 +67,9 @@ CASES = {
     'our own marks': (f'\x02{A}\x03 \x01', ONE + []),
     # placeholder
     **{f'placeholder {p}': (f'<INS>a blurry photo of a {p}.</INS>', ONE) for p in
-       ['<class>', '[CLASS]', '{CLASS}', '{class}', '<CLASS_NAME>', '<class name>', '{}', '&lt;CLASS&gt;', '<<CLASS>>', '{{class}}',
-        '[class name]', '<label>', '{category}', '(CLASS)', 'CLASS', '__CLASS__', '**<CLASS>**', '$CLASS', '< CLASS >', '<CLASS/>', '<CLASS></CLASS>', '"<CLASS']
+       ['<class>', '[CLASS]', '{CLASS}', '{class}', '<CLASS_NAME>', '<class name>', '{}', '&lt;CLASS&gt;',
+        '<<CLASS>>', '{{class}}', '[class name]', '<label>', '{category}', '(CLASS)', 'CLASS', '__CLASS__',
+        '**<CLASS>**', '$CLASS', '< CLASS >', '<CLASS/>', '<CLASS></CLASS>', '"<CLASS']
        if p != '"<CLASS'},
     # no tags: completion models
     'line': (A, ONE),
@@ -97,30 +99,35 @@ CASES = {
     'memory in other case': ('<INS>A  photo of a <class>.</INS>', [('A photo of a <CLASS>.', 'duplicate')]),
     'twice': (f'<INS>{A}</INS><INS>{A}</INS>', [(A, 'accepted'), (A, 'duplicate')]),
     'long': ('<INS>' + 'very '*60 + '<CLASS></INS>', [('very '*60 + '<CLASS>', 'too long')]),
-    'HTML': ('<INS></div><script>alert(1)</script> <CLASS></INS>', [('</div><script>alert(1)</script> <CLASS>', 'accepted')]),
+    'HTML': ('<INS></div><script>alert(1)</script> <CLASS></INS>',
+             [('</div><script>alert(1)</script> <CLASS>', 'accepted')]),
 }
 
 @pytest.mark.parametrize('case', CASES)
 def test_reply(case):
     reply, want = CASES[case]
-    got = parse_replies([reply], names=['River', 'Highway or Road', 'A'], seen=[DEFAULT_PROMPT], too_long=lambda p: len(p.split()) > 50)
+    got = parse_replies([reply], names=['River', 'Highway or Road', 'A'], seen=[DEFAULT_PROMPT],
+                        too_long=lambda p: len(p.split()) > 50)
     assert [(c.prompt, c.status) for c in got] == want
 
 def test_order_limit_and_records():
-    got = parse_replies([Reply(f'<INS>{B}</INS>'), None, f'<INS>{A}</INS><INS>{B}</INS>', '<INS>x <CLASS></INS>'], limit=3)
+    replies = [Reply(f'<INS>{B}</INS>'), None, f'<INS>{A}</INS><INS>{B}</INS>', '<INS>x <CLASS></INS>']
+    got = parse_replies(replies, limit=3)
     assert [c.status for c in got] == ['accepted', 'empty', 'accepted', 'duplicate', 'accepted']
     assert status_counts(got) == {'accepted': 3, 'duplicate': 1, 'empty': 1}
     assert parse_replies([], limit=3) == []
 
-PIECES = ['<INS>', '</INS>', '<ins', 'INS>', '</', '<CLASS>', '[class]', '{}', '{', '}', '<', '>', 'CLASS', '"', '“', '”', "'", '`', '```', '**', '*', '_', '\n', '\n\n',
-          ' ', '1. ', '- ', '62% : ', 'loss: 1', '(accuracy 3)', '&lt;', '&amp;lt;', '\\', '\x00', '\x01', '\x02', '\x03', '\u200b', '\u202e', '\ud800', 'é', '猫', '🐈', ':', ';', '|', ',',
-          'and', 'photo', 'of a', 'river', '.', '%', '/', '\r', '\t']
+PIECES = ['<INS>', '</INS>', '<ins', 'INS>', '</', '<CLASS>', '[class]', '{}', '{', '}', '<', '>', 'CLASS', '"', '“',
+          '”', "'", '`', '```', '**', '*', '_', '\n', '\n\n', ' ', '1. ', '- ', '62% : ', 'loss: 1', '(accuracy 3)',
+          '&lt;', '&amp;lt;', '\\', '\x00', '\x01', '\x02', '\x03', '\u200b', '\u202e', '\ud800', 'é', '猫', '🐈', ':',
+          ';', '|', ',', 'and', 'photo', 'of a', 'river', '.', '%', '/', '\r', '\t']
 
 @pytest.mark.parametrize('seed', range(20))
 def test_fuzz(seed):
     rng = random.Random(seed)
     for _ in range(200):
-        text = ''.join(rng.choice(PIECES) if rng.random() < .9 else chr(rng.randrange(0x3000)) for _ in range(rng.randrange(60)))
+        length = rng.randrange(60)
+        text = ''.join(rng.choice(PIECES) if rng.random() < .9 else chr(rng.randrange(0x3000)) for _ in range(length))
         got = parse_replies([text, Reply(text)], names=['River'], seen=[DEFAULT_PROMPT])
         assert got and all(c.status in STATUSES for c in got)
         good = [c.prompt for c in got if c.status == 'accepted']
@@ -128,7 +135,10 @@ def test_fuzz(seed):
         assert len({prompt_key(p) for p in good}) == len(good) and not any('river' in p.lower().split() for p in good)
         assert not any(t in p.upper() for p in good for t in ('<INS>', '</INS>'))
 
-@pytest.mark.parametrize('bit', ['x', ' ', '<', '<INS>', '</INS>', '< ', '"', '“', '<CLASS>', '<CLASS> ', '{', '1. ', '&', '&amp;', '\n', '**', '(loss ', '62% ', 'a <CLASS>\n', '" ', '*', 'a' + ' '*50, '[class '])
+BITS = ['x', ' ', '<', '<INS>', '</INS>', '< ', '"', '“', '<CLASS>', '<CLASS> ', '{', '1. ', '&', '&amp;', '\n', '**',
+        '(loss ', '62% ', 'a <CLASS>\n', '" ', '*', 'a' + ' '*50, '[class ']
+
+@pytest.mark.parametrize('bit', BITS)
 def test_ten_megabytes(bit):
     start = time.process_time()
     got = parse_replies([bit * (10_000_000//len(bit))], names=['River'])
@@ -148,7 +158,8 @@ def test_memory_is_ordered_and_pinned():
     assert len(mem.shown()) == 20 and mem.shown()[-1] == mem.best
     mem.add(Scored(DEFAULT_PROMPT, 99, 0))
     shown = mem.shown()
-    assert len(shown) == 20 and shown[0].prompt == DEFAULT_PROMPT and list(shown) == sorted(shown, key=lambda s: s.key, reverse=True)
+    assert len(shown) == 20 and shown[0].prompt == DEFAULT_PROMPT
+    assert list(shown) == sorted(shown, key=lambda s: s.key, reverse=True)
     assert mem.shown()[1:] == tuple(reversed(mem.ranked()[:19]))
 
 def test_judge_order():

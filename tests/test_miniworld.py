@@ -1,12 +1,15 @@
-"Cross-cutting checks of the drawn worlds: the same bytes without vector instructions, and no image of an evaluation split in training."
+"""Cross-cutting checks of the drawn worlds: the same bytes without vector instructions,
+and no image of an evaluation split in training."""
 import os, subprocess, sys
-import numpy as np, pytest
+import numpy as np
+import pytest
 from ipo_nb import miniworld as mw
 
 LOOK = 'from ipo_nb.miniworld import golden; print(golden())'
 
 def _golden(**env):
-    return subprocess.run([sys.executable, '-c', LOOK], env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout.strip()
+    command, env = [sys.executable, '-c', LOOK], {**os.environ, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
 
 def _vector_features():
     try: from numpy._core._multiarray_umath import __cpu_dispatch__ as names

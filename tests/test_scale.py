@@ -18,7 +18,8 @@ PRELUDE = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n" + t
     """)
 
 def python(code, *args):
-    return subprocess.run([sys.executable, '-c', PRELUDE + textwrap.dedent(code), *map(str, args)], capture_output=True, text=True)
+    code = PRELUDE + textwrap.dedent(code)
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
 
 @pytest.fixture
 def photos(tmp_path):
@@ -30,7 +31,8 @@ def photos(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     "Shards of four images, tensors up to eight."
-    monkeypatch.setattr(scorer, '_SHARD', 4); monkeypatch.setattr(scorer, '_WHOLE', 8)
+    monkeypatch.setattr(scorer, 'SHARD', 4)
+    monkeypatch.setattr(scorer, 'WHOLE', 8)
 
 def counted(clip, monkeypatch):
     calls, real = [], clip.model.encode_image
@@ -44,8 +46,10 @@ def test_shards_are_the_features_of_the_whole(photos, small, tmp_path, workers):
     got = image_features(clip, photos, tmp_path/'cache', workers)
     assert isinstance(got, Features) and got.shape == whole.shape and len(list((tmp_path/'cache').iterdir())) == 5
     assert torch.equal(got[:], whole)
-    for a, b in ((predict(clip, ['a <CLASS>', '<CLASS>'], ['cat', 'dog', 'emu'], f, chunk=3) for f in (got, whole)), ): assert torch.equal(a, b)
-    assert scorer.score(clip, ['a <CLASS>'], ['cat', 'dog'], got, [0, 1]*10) == scorer.score(clip, ['a <CLASS>'], ['cat', 'dog'], whole, [0, 1]*10)
+    found = [predict(clip, ['a <CLASS>', '<CLASS>'], ['cat', 'dog', 'emu'], f, chunk=3) for f in (got, whole)]
+    assert torch.equal(*found)
+    scores = [scorer.score(clip, ['a <CLASS>'], ['cat', 'dog'], f, [0, 1]*10) for f in (got, whole)]
+    assert scores[0] == scores[1]
     assert torch.equal(image_features(clip, photos[:8], tmp_path/'cache'), whole[:8]) # a set of two shards, both known
 
 def test_a_set_of_one_shard_is_one_file_and_a_tensor(photos, tmp_path):
@@ -57,13 +61,14 @@ def test_a_killed_pass_goes_on_at_the_first_missing_shard(photos, small, tmp_pat
     done = python("""
         folder, cache, workers = sys.argv[1:]
         from ipo_nb.data import FileImage
-        scorer._SHARD, scorer._WHOLE, seen, real = 4, 8, [], clip.model.encode_image
+        scorer.SHARD, scorer.WHOLE, seen, real = 4, 8, [], clip.model.encode_image
         def encode(x):
             seen.append(1)
             if len(seen) == 4: os.kill(os.getpid(), signal.SIGKILL) # in the fourth shard
             return real(x)
         clip.model.encode_image = encode
-        scorer.image_features(clip, [FileImage(f'{folder}/{n}', n) for n in sorted(os.listdir(folder))], cache, int(workers))
+        images = [FileImage(f'{folder}/{n}', n) for n in sorted(os.listdir(folder))]
+        scorer.image_features(clip, images, cache, int(workers))
         """, tmp_path/'photos', tmp_path/'cache', workers)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((tmp_path/'cache').glob('*.safetensors'))) == 3
@@ -109,7 +114,7 @@ MEMORY = """
         def __init__(self, i): self.i, self.key = i, str(i)
         def sha(self): return self.key
         def open(self): return Image.new('RGB', (256, 256), (self.i % 251, self.i % 241, self.i % 239))
-    scorer._SHARD, scorer._WHOLE = 256, 256
+    scorer.SHARD, scorer.WHOLE = 256, 256
     feats = scorer.image_features(clip, [Drawn(i) for i in range(n)], cache, workers)
     for part in feats.split(100): part.sum()
     scorer.predict(clip, ['a <CLASS>'], ['cat', 'dog'], feats)

@@ -12,14 +12,19 @@ SHARED = project_dir().parent/'shared'/'real'
 PROMPTS = ['a photo of a <CLASS>.', 'Identify the unique visual features of the <CLASS> flower accurately.',
            'Take a well-composed photo of a <CLASS> with optimal lighting, focus, and minimal distractions.',
            'a close-up photo of a <CLASS>, a type of flower.', 'Categorize the <CLASS> shown in the image.',
-           '<CLASS>', '<CLASS>s', 'non-<CLASS>ish', '!!<CLASS>!!', 'an image with <end_of_text> and a <CLASS>', 'ünï <CLASS> 🌻']
-NAMES = ['rose', 'tiger lily', "bird's nest", "colt's foot", 'café', 'crème brûlée', 'and/or', '<b>bold</b>', 'a < b', '&lt;', '"quoted"', 'Jack-in-the-pulpit', '睡蓮', '!']
-MODELS = [pytest.param('mini', marks=pytest.mark.skipif(not (models_dir()/'mini'/'open_clip_config.json').exists(), reason='the mini model is not built')),
-          pytest.param(f'local-dir:{SHARED}/clip_small', marks=pytest.mark.skipif(not (SHARED/'clip_small').exists(), reason='no ../shared/real/clip_small'))]
+           '<CLASS>', '<CLASS>s', 'non-<CLASS>ish', '!!<CLASS>!!', 'an image with <end_of_text> and a <CLASS>',
+           'ünï <CLASS> 🌻']
+NAMES = ['rose', 'tiger lily', "bird's nest", "colt's foot", 'café', 'crème brûlée', 'and/or', '<b>bold</b>', 'a < b',
+         '&lt;', '"quoted"', 'Jack-in-the-pulpit', '睡蓮', '!']
+MINI = models_dir()/'mini'/'open_clip_config.json'
+no_mini = pytest.mark.skipif(not MINI.exists(), reason='the mini model is not built')
+no_small = pytest.mark.skipif(not (SHARED/'clip_small').exists(), reason='no ../shared/real/clip_small')
+MODELS = [pytest.param('mini', marks=no_mini), pytest.param(f'local-dir:{SHARED}/clip_small', marks=no_small)]
 
 def tiny(text={}, custom=False, **kw):
     torch.manual_seed(1)
-    text, vision = dict(width=32, heads=2, layers=3) | text, dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
+    text = dict(width=32, heads=2, layers=3) | text
+    vision = dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
     m = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(embed_dim=24, vision_cfg=vision, text_cfg=text, **kw)
     m.visual.preprocess_cfg = asdict(PreprocessCfg(size=32))
     return Clip('tiny', m.eval().requires_grad_(False), open_clip.get_tokenizer('ViT-B-16'))
@@ -47,14 +52,16 @@ def test_equals_open_clips_classifier(spec):
     agrees(clip)
 
 @pytest.mark.parametrize('kw', [dict(), dict(custom=True), dict(quick_gelu=True), dict(text=dict(ls_init_value=.1)),
-    dict(text=dict(pool_type='eos', eos_id=49407)), dict(custom=True, text=dict(proj_bias=True)), dict(text=dict(layers=1)), dict(text=dict(act_kwargs={}, norm_kwargs={'eps': 1e-3}))])
+    dict(text=dict(pool_type='eos', eos_id=49407)), dict(custom=True, text=dict(proj_bias=True)),
+    dict(text=dict(layers=1)), dict(text=dict(act_kwargs={}, norm_kwargs={'eps': 1e-3}))])
 def test_fast_way_equals_plain_way(kw):
     clip = tiny(**kw)
     assert clip.causal
     agrees(clip)
 
-@pytest.mark.parametrize('kw', [dict(text=dict(no_causal_mask=True)), dict(custom=True, text=dict(no_causal_mask=True)), dict(text=dict(pool_type='last')),
-    dict(text=dict(pool_type='first')), dict(text=dict(qk_norm=True)), dict(custom=True, text=dict(embed_cls=True))])
+@pytest.mark.parametrize('kw', [dict(text=dict(no_causal_mask=True)), dict(custom=True, text=dict(no_causal_mask=True)),
+    dict(text=dict(pool_type='last')), dict(text=dict(pool_type='first')), dict(text=dict(qk_norm=True)),
+    dict(custom=True, text=dict(embed_cls=True))])
 def test_other_towers_take_encode_text(kw, monkeypatch):
     clip, calls = tiny(**kw), []
     assert not clip.causal
@@ -67,29 +74,36 @@ def test_other_towers_take_encode_text(kw, monkeypatch):
 def test_hugging_face_text_tower_takes_encode_text():
     from transformers import BertConfig
     clip = tiny(custom=True)
-    config = BertConfig(vocab_size=49408, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=80)
-    clip.model.text = HFTextEncoder('', output_dim=24, config=config, pooler_type='mean_pooler', proj_type='linear').eval()
+    config = BertConfig(vocab_size=49408, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=64, max_position_embeddings=80)
+    tower = HFTextEncoder('', output_dim=24, config=config, pooler_type='mean_pooler', proj_type='linear')
+    clip.model.text = tower.eval()
     assert not clip.causal and clip.describe()['text_path'] == 'encode_text'
     agrees(clip)
 
 def test_long_list_of_texts_in_groups():
     clip, names = tiny(), [f'thing {i} {"of many " * (i % 9)}parts' for i in range(150)]
-    assert torch.allclose(text_features(clip, PROMPTS, names), text_features(clip, PROMPTS, names, fast=False), atol=1e-6)
+    fast, plain = text_features(clip, PROMPTS, names), text_features(clip, PROMPTS, names, fast=False)
+    assert torch.allclose(fast, plain, atol=1e-6)
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_half_precision_is_near(precision):
     small = SHARED/'clip_small'
     if not small.exists(): pytest.skip('no ../shared/real/clip_small')
-    a, b = (text_features(load_clip(f'local-dir:{small}', 'cpu', p), PROMPTS[:3], NAMES[:3]) for p in ('fp32', precision))
+    full, half = (load_clip(f'local-dir:{small}', 'cpu', p) for p in ('fp32', precision))
+    a, b = (text_features(clip, PROMPTS[:3], NAMES[:3]) for clip in (full, half))
     assert (a*b).sum(-1).min() > .999
 
 def test_overflow_is_refused_by_name():
     clip, long = tiny(), 'very ' * 73 + '<CLASS>'
     assert token_length(clip, long, ['cat']) == 76 and token_length(clip, long, ['cat', 'sea lion']) == 77
     check_length(clip, long, ['cat', 'sea lion'])
-    for call in (lambda p: check_length(clip, p, ['cat', 'sea lion']), lambda p: text_features(clip, ['ok <CLASS>', p], ['cat', 'sea lion']),
-                 lambda p: score(clip, [p], ['cat', 'sea lion'], torch.ones(1, 24), [0]), lambda p: predict(clip, [p], ['cat', 'sea lion'], torch.ones(1, 24))):
-        with pytest.raises(IpoError, match="too long: with class 'sea lion' it has 78 tokens and the model reads 77; shorten it by 1"): call('so ' + long)
+    names, feats = ['cat', 'sea lion'], torch.ones(1, 24)
+    said = "too long: with class 'sea lion' it has 78 tokens and the model reads 77; shorten it by 1"
+    calls = [lambda p: check_length(clip, p, names), lambda p: text_features(clip, ['ok <CLASS>', p], names),
+             lambda p: score(clip, [p], names, feats, [0]), lambda p: predict(clip, [p], names, feats)]
+    for call in calls:
+        with pytest.raises(IpoError, match=said): call('so ' + long)
 
 def test_duplicates_are_encoded_once(monkeypatch):
     clip, seen = tiny(), []
@@ -122,7 +136,8 @@ def test_other_weights_have_other_features(pictures, tmp_path):
     assert a.weights == b.weights # the same tensors in another architecture
     assert not torch.equal(image_features(a, pictures, tmp_path/'c'), image_features(b, pictures, tmp_path/'c'))
 
-@pytest.mark.parametrize('content, words', [(b'', 'it is empty or no image'), (b'hello', 'it is empty or no image'), ('cut', 'truncated'), (None, 'No such file or directory)')])
+@pytest.mark.parametrize('content, words', [(b'', 'it is empty or no image'), (b'hello', 'it is empty or no image'),
+    ('cut', 'truncated'), (None, 'No such file or directory)')])
 def test_unreadable_image_is_named(pictures, content, words):
     path = pictures[2].path
     if content is None: path.unlink()
@@ -131,16 +146,20 @@ def test_unreadable_image_is_named(pictures, content, words):
         with pytest.raises(IpoError, match='image 2.png cannot be read') as e: image_features(tiny(), pictures, cache)
         assert words in str(e.value) and '\n' not in str(e.value) and ' at 0x' not in str(e.value)
 
-@pytest.mark.parametrize('spec, words', [('ViT-B16/openai', "did you mean 'ViT-B-16'"), ('ViT-B-16/opnai', "did you mean 'openai'"), ('ViT-B-16', 'no weights called'),
-    ('minni', "did you mean 'mini'"), ('', 'unknown'), ('local-dir:', 'config'), ('local-dir:no/such', 'does not exist'), ('hf-hub:no-such-org/x', 'hub')])
+@pytest.mark.parametrize('spec, words', [('ViT-B16/openai', "did you mean 'ViT-B-16'"),
+    ('ViT-B-16/opnai', "did you mean 'openai'"), ('ViT-B-16', 'no weights called'), ('minni', "did you mean 'mini'"),
+    ('', 'unknown'), ('local-dir:', 'config'), ('local-dir:no/such', 'does not exist'),
+    ('hf-hub:no-such-org/x', 'hub')])
 def test_wrong_model_names_end_in_one_sentence(spec, words):
     start = time.time()
     with pytest.raises(IpoError, match=words) as e: load_clip(spec, 'cpu')
     assert '\n' not in str(e.value) and time.time() - start < 15
 
 def test_damaged_checkpoint_ends_in_one_sentence(tmp_path):
-    cfg = dict(embed_dim=8, vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16), text_cfg=dict(width=32, heads=2, layers=1))
-    for config, weights in (('{', None), ('{}', None), (json.dumps(dict(model_cfg=cfg)), None), (json.dumps(dict(model_cfg=cfg)), b'junk'), (json.dumps(dict(model_cfg={**cfg, 'wat': 1})), b'junk')):
+    vision = dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
+    good = dict(embed_dim=8, vision_cfg=vision, text_cfg=dict(width=32, heads=2, layers=1))
+    cfg, odd = (json.dumps(dict(model_cfg=c)) for c in (good, good | dict(wat=1)))
+    for config, weights in (('{', None), ('{}', None), (cfg, None), (cfg, b'junk'), (odd, b'junk')):
         (tmp_path/'open_clip_config.json').write_text(config)
         if weights: (tmp_path/'open_clip_model.safetensors').write_bytes(weights)
         with pytest.raises(IpoError, match='cannot be loaded') as e: load_clip(f'local-dir:{tmp_path}', 'cpu')
