@@ -296,13 +296,6 @@ def part_of_config(name:str,      # of the new model
     parts = {f: (RunConfig.model_fields[f].annotation, RunConfig.model_fields[f]) for f in fields}
     return create_model(name, __base__=base, __doc__=about, __module__=base.__module__, **parts)
 
-# %% ../nbs/00_core.ipynb #a5ce04a6
-def first_error(e:ValidationError # pydantic's findings
-               ) -> tuple: # the place as a name, pydantic's dict of the finding
-    "The first finding; its place is joined by dots."
-    err = e.errors()[0]
-    return '.'.join(map(str, err['loc'])), err
-
 # %% ../nbs/00_core.ipynb #b05c57a2
 _LISTED = '`papermill --help-notebook run_dataset.ipynb` lists them all'
 
