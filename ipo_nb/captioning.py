@@ -226,7 +226,7 @@ class VisionCaptioner:
 
     def _one(self, item):
         text, names = self._ask(_image(item), QUESTION), [*self.names, getattr(item, 'name', '')]
-        if not any(names_class(text, n) for n in names): return masked(item, text)
+        if not named_classes(text, names): return masked(item, text)
         return masked(item, self._ask(_image(item), QUESTION + AGAIN), names, ('asked again',))
 
     def describe(self):

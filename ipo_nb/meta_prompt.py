@@ -276,7 +276,7 @@ def judge(prompt:str, # cleaned text
     if not holes and not any(c.isalnum() for c in rest): return 'empty'
     if holes != 1: return 'two placeholders' if holes else 'no placeholder'
     if prompt_key(prompt) in seen: return 'duplicate'
-    if any(names_class(prompt, n) for n in names): return 'names a class'
+    if named_classes(prompt, names): return 'names a class'
     long = len(prompt) > _MOST_PROMPT or too_long and too_long(prompt)
     return 'too long' if long else 'accepted'
 
