@@ -6,11 +6,11 @@
 __all__ = ['LLMS', 'CONTROL_WORDS', 'SMOLLM2', 'ContextTooLong', 'LLM', 'Sampling', 'llm_scheme', 'llm_forms', 'load_llm', 'Mock',
            'Calls', 'Recorded', 'recorded_run', 'Replay', 'edit', 'RandomControl', 'continue_text', 'smollm2_gguf',
            'file_sizes', 'whole', 'build_once', 'hub_answers', 'load_smollm2', 'SlotOnce', 'cpu_threads', 'SmolLM2',
-           'LocalChat', 'split_endpoint', 'is_local', 'endpoint_error', 'OpenAIChat', 'default_llm']
+           'LocalChat', 'split_endpoint', 'is_local', 'endpoint_error', 'OpenAIChat', 'ByHand', 'default_llm']
 
 # %% ../nbs/02_llm.ipynb #796315dc
 import contextlib, hashlib, importlib.metadata, importlib.util, ipaddress, json, os, random, re
-import tempfile, threading, time
+import sys, tempfile, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -768,6 +768,56 @@ def describe(self:OpenAIChat) -> dict: # model, address, sampling, versions; nev
 @llm_scheme('openai:MODEL[@BASE_URL]')
 def _openai(rest, sampling, api_key=None, timeout=60., max_retries=5, concurrency=4, **_):
     return OpenAIChat(*split_endpoint(rest), sampling, api_key, timeout, max_retries, concurrency)
+
+# %% ../nbs/02_llm.ipynb #bb49999d
+_EACH = 'Write each prompt between <INS> and </INS>, with <CLASS> once in each.'
+
+def _asked_of_a_person(message, n): # what the file or the screen shows
+    return f'{message.rstrip()}\n\n({n} prompt{"s"*(n > 1)} wanted. {_EACH})\n'
+
+def _lines(read): # until an empty line that follows an answer, or the end of input
+    out = []
+    while True:
+        try: line = read()
+        except EOFError: return out
+        if not line.strip() and out: return out
+        if line.strip(): out.append(line)
+
+def _settled(path, wait): # the text of a file that has stopped growing, or None
+    if not path.exists() or not path.stat().st_size: return None
+    before = path.read_bytes()
+    time.sleep(wait)
+    after = path.read_bytes()
+    return after.decode(errors='replace') if after == before else None
+
+# %% ../nbs/02_llm.ipynb #eacfbafa
+class ByHand(LLM):
+    "A person, or a chat window that a person pastes into."
+    def __init__(self, folder, # where messages and answers are laid
+                 read=None,    # what reads a line from a person; None: by files
+                 wait:float=.5 # seconds between two looks
+                ):
+        self.folder, self.read, self.wait = Path(folder), read, wait
+
+    def __call__(self, meta, n, seed):
+        text = _asked_of_a_person(meta.message, n)
+        said = self._typed(text) if self.read else self._pasted(text, sha(meta.message, n, seed)[:8])
+        return [Reply(said.strip(), len(meta.message.split()), len(said.split()), calls=1)]
+
+    def _typed(self, text):
+        print(text)
+        return '\n'.join(_lines(self.read))
+
+    def _pasted(self, text, name):
+        asked, answer = self.folder/f'{name}.message.txt', self.folder/f'{name}.answer.txt'
+        write_text(asked, text)
+        print(f'by_hand: the message lies in {asked}; put the answer into {answer}.', flush=True)
+        while (said := _settled(answer, self.wait)) is None: time.sleep(self.wait)
+        return said
+
+@llm_scheme('by_hand')
+def _by_hand(rest, sampling, folder='by_hand', **_):
+    return ByHand(folder, input if sys.stdin and sys.stdin.isatty() else None)
 
 # %% ../nbs/02_llm.ipynb #03b5121d
 def default_llm() -> tuple: # specification, reason
