@@ -1,4 +1,7 @@
-"""README.md is nbs/index.ipynb in Markdown, with the outputs of its cells. `python tests/readme.py` runs the one and writes the other."""
+"""README.md is nbs/index.ipynb in Markdown, with the outputs of its cells.
+
+`python tests/readme.py` runs the one and writes the other.
+"""
 import re
 from pathlib import Path
 import nbformat

@@ -1,5 +1,8 @@
 """Each notebook runs from top to bottom, and the notebooks keep what papermill and nbdev need."""
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 import pytest
 import readme
@@ -13,8 +16,8 @@ def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 @pytest.mark.parametrize('path', [p for p in notebooks if p.name != master], ids=lambda p: p.stem)
 def test_runs(path):
     nbdev_test = Path(sys.executable).parent/'nbdev_test'
-    done = subprocess.run([nbdev_test, '--path', path, '--n_workers', '0'], capture_output=True, text=True, cwd=nbs,
-                          env=os.environ | dict(MPLBACKEND='agg'))
+    command = [nbdev_test, '--path', path, '--n_workers', '0']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=nbs, env=os.environ | dict(MPLBACKEND='agg'))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 @pytest.mark.parametrize('name, parameter', [(master, 'dataset'), ('benchmark_features.ipynb', 'n_images')])

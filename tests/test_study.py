@@ -1,7 +1,15 @@
 """Whole runs: the master notebook, kills and resumes, and what a user can get wrong."""
-import errno, json, os, signal, subprocess, sys, time
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nbformat, pytest
+import nbformat
+import pytest
+from PIL import Image
 from ipo_nb import core, study
 from ipo_nb.evidence import records, report
 from ipo_nb.core import IpoError
@@ -10,29 +18,43 @@ root = Path(__file__).resolve().parent.parent
 nbs, bin_ = root/'nbs', Path(sys.executable).parent
 quick = dict(dataset='mini_aerial', llm='random', steps=3, candidates=3)
 
-def pairs(params): return [x for k, v in params.items() for x in ('-p', k, str(v))]
+def pairs(params):
+    "The parameters as texts of a command line."
+    out = []
+    for name, value in params.items(): out += ['-p', name, str(value)]
+    return out
 
-def papermill(*args, cwd=nbs):
-    return subprocess.run([bin_/'papermill', *map(str, args), '--no-progress-bar'], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def called(*command, **kw):
+    "A command of this environment, as a terminal would start it."
+    command = [bin_/command[0], *map(str, command[1:])]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
+
+def papermill(*args, cwd=nbs): return called('papermill', *args, '--no-progress-bar', cwd=cwd)
 
 def complete(**params):
     "All stages in this process."
     s = study.open_study(quick | params)
-    s.describe(); s.search(); s.run_control()
+    s.describe()
+    s.search()
+    s.run_control()
     return s, s.finish()
 
 # --- the notebook ---
+
+written = ('config.json history.jsonl control.jsonl result.json manifest.json report.html '
+           'figures/trajectory.png figures/gallery.pdf tables/methods.md').split()
 
 def test_papermill_from_nbs_and_again_from_the_root(tmp_path):
     done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(quick | dict(out_dir=tmp_path/'runs')))
     assert done.returncode == 0, done.stderr[-2000:]
     folder, = (tmp_path/'runs'/'mini_aerial').iterdir()
-    for name in ('config.json', 'history.jsonl', 'control.jsonl', 'result.json', 'manifest.json', 'report.html', 'figures/trajectory.png',
-                 'figures/gallery.pdf', 'tables/methods.md'): assert (folder/name).stat().st_size, name
+    for name in written: assert (folder/name).stat().st_size, name
     before = (folder/'result.json').read_bytes()
-    again = papermill('nbs/run_dataset.ipynb', tmp_path/'again.ipynb', *pairs(quick | dict(out_dir=tmp_path/'runs')), cwd=root)
+    params = pairs(quick | dict(out_dir=tmp_path/'runs'))
+    again = papermill('nbs/run_dataset.ipynb', tmp_path/'again.ipynb', *params, cwd=root)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert 'finished earlier' in (tmp_path/'again.ipynb').read_text() and (folder/'result.json').read_bytes() == before
+    assert 'finished earlier' in (tmp_path/'again.ipynb').read_text()
+    assert (folder/'result.json').read_bytes() == before
 
 def test_without_an_output_the_notebook_goes_to_standard_output(tmp_path):
     complete(out_dir=str(tmp_path))
@@ -45,80 +67,143 @@ def test_help_explains_every_parameter():
     for name in core.RunConfig.model_fields: assert f'{name}:' in text, name
 
 def test_the_notebook_has_every_parameter_of_the_configuration():
-    cell, = [c for c in nbformat.read(nbs/'run_dataset.ipynb', as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]
+    cells = nbformat.read(nbs/'run_dataset.ipynb', as_version=4).cells
+    cell, = [c for c in cells if 'parameters' in c.metadata.get('tags', [])]
     names = {line.split(':')[0] for line in cell.source.splitlines()}
     assert names == set(core.RunConfig.model_fields)
 
-@pytest.mark.parametrize('params, said', [(dict(dataset='mini_texture'), "did you mean 'mini_textures'"), (dict(shot=1), "did you mean 'shots'")])
+@pytest.mark.parametrize('params, said', [
+    (dict(dataset='mini_texture'), "did you mean 'mini_textures'"),
+    (dict(shot=1), "did you mean 'shots'")])
 def test_papermill_ends_a_mistake_with_a_sentence(tmp_path, params, said):
     done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(params | dict(out_dir=tmp_path)))
     assert done.returncode != 0 and said in done.stderr
     assert 'IpoError: ' in done.stderr and not list(tmp_path.glob('*/*/result.json'))
 
 def test_ipo_run_shows_progress_and_ends_with_the_places(tmp_path):
-    run = lambda: subprocess.run([bin_/'ipo_run', *pairs(quick | dict(out_dir=tmp_path))], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    first, second = run(), run()
+    command = ['ipo_run', *pairs(quick | dict(out_dir=tmp_path))]
+    first, second = called(*command), called(*command)
     assert first.returncode == second.returncode == 0, first.stderr[-2000:]
     assert 'search:' in first.stderr and 'control:' in first.stderr
     for said in ('H is', 'figures', 'tables', 'result.json'): assert said in first.stdout and said in second.stdout
     assert 'finished earlier' in second.stdout
 
 def test_ipo_run_answers_a_mistake_with_one_sentence(tmp_path):
-    done = subprocess.run([bin_/'ipo_run', '-p', 'dataset', 'eurosat', '-p', 'data_root', tmp_path/'nowhere'], capture_output=True, text=True)
+    done = called('ipo_run', *pairs(dict(dataset='eurosat', data_root=tmp_path/'nowhere')))
     assert done.returncode == 1 and 'Traceback' not in done.stderr + done.stdout
     assert done.stderr.strip().splitlines()[-1].startswith('ipo_run: ') and 'nowhere' in done.stderr
+
+def test_ipo_run_explains_every_parameter():
+    text = called('ipo_run', '--help').stdout
+    for name in core.RunConfig.model_fields: assert f'--{name}' in text, name
+    assert '-p NAME VALUE' in text and "the card's, 20 or 100" in text
+
+def test_a_parameter_is_an_option_too(tmp_path, capsys):
+    complete(out_dir=str(tmp_path))
+    options = []
+    for name, value in (quick | dict(out_dir=tmp_path)).items(): options += [f'--{name}', str(value)]
+    assert study.called(study.main, options) == 0
+    assert 'finished earlier' in capsys.readouterr().out
+
+# --- the order of the stages ---
+
+stages = dict(describe=study.Study.describe, search=study.Study.search, run_control=study.Study.run_control,
+              evaluate=study.Study.evaluate, result=study.Study.result, finish=study.Study.finish)
+
+@pytest.mark.parametrize('first', stages)
+def test_each_pair_of_stages_in_any_order_does_what_is_missing(tmp_path, monkeypatch, first):
+    "Or says in a sentence why it cannot; the record is that of the usual order."
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    short = dict(steps=1, candidates=2)
+    whole = complete(out_dir=str(tmp_path/'whole'), **short)[0].folder/'result.json'
+    for second in stages:
+        s = study.find_study(quick | short | dict(out_dir=str(tmp_path/second))) # not even claimed
+        stages[first](s)
+        if first == 'finish' and second in ('evaluate', 'result'):
+            with pytest.raises(IpoError, match='is finished: its record, from finish'): stages[second](s)
+        else: stages[second](s)
+        s.finish()
+        assert (s.folder/'result.json').read_bytes() == whole.read_bytes(), second
+
+def test_a_stage_claims_the_folder(tmp_path):
+    s = study.find_study(quick | dict(out_dir=str(tmp_path)))
+    s.search()
+    with pytest.raises(IpoError, match='another process'): study.open_study(quick | dict(out_dir=str(tmp_path)))
+    s.finish()
+    assert study.open_study(quick | dict(out_dir=str(tmp_path))).finished
 
 # --- the prompts elsewhere ---
 
 def test_transfer_scores_the_prompts_elsewhere_and_names_what_is_absent(tmp_path):
     s, record = complete(out_dir=str(tmp_path), data_root=str(tmp_path), transfer='mini_textures, eurosat')
     rows = record.result['transfer']
-    assert [(r['dataset'], r['method']) for r in rows] == [('mini_textures', m) for m in ('IPO', 'default prompt', 'random control', 'hand-written template')] + [('eurosat', '')]
-    assert rows[0]['prompt'] == record.result['chosen']['prompt'] and 0 < rows[1]['accuracy'] < 100 and rows[1]['n'] > 100
-    assert rows[3]['prompt'] == 'a <CLASS> pattern.' and rows[4]['accuracy'] is None and 'eurosat' in rows[4]['skipped'] and str(tmp_path) not in rows[4]['skipped']
+    methods = 'IPO', 'default prompt', 'random control', 'hand-written template'
+    assert [(r['dataset'], r['method']) for r in rows] == [*(('mini_textures', m) for m in methods), ('eurosat', '')]
+    ipo, default, control, template, absent = rows
+    assert ipo['prompt'] == record.result['chosen']['prompt']
+    assert 0 < default['accuracy'] < 100 and default['n'] > 100
+    assert template['prompt'] == 'a <CLASS> pattern.' and absent['accuracy'] is None
+    assert 'eurosat' in absent['skipped'] and str(tmp_path) not in absent['skipped']
     table = report.transfer_table(record)
     assert [r['dataset'] for r in table.rows] == ['mini_textures', 'eurosat', 'mean']
     for f in ('report.html', 'report.md', 'tables/transfer.csv'): assert 'eurosat' in (record.path/f).read_text()
 
 def photographs(folder, classes='abcd'):
-    from PIL import Image
-    for c in classes:
+    for k, c in enumerate(classes):
         (folder/c).mkdir(parents=True)
-        for i in range(6): Image.new('RGB', (32, 32), (40*i, 60*'abcd'.index(c), 10)).save(folder/c/f'{i}.png')
+        for i in range(6): Image.new('RGB', (32, 32), (40*i, 60*k, 10)).save(folder/c/f'{i}.png')
     return dict(dataset='folder', data_root=str(folder), clip='mini', out_dir=str(folder.parent/'runs'))
 
 def test_an_own_split_is_marked_in_record_tables_and_pages(tmp_path):
     s, record = complete(**photographs(tmp_path/'images'), transfer='folder')
-    assert record.result['data']['split_source'] == 'own split' and {r['split'] for r in record.result['transfer']} == {'own split'}
-    for name in ('methods', 'scores', 'paired', 'word_importance'): assert all('own split' in l for l in (s.folder/'tables'/f'{name}.csv').read_text().splitlines()[1:]), name
+    assert record.result['data']['split_source'] == 'own split'
+    assert {r['split'] for r in record.result['transfer']} == {'own split'}
+    for name in ('methods', 'scores', 'paired', 'word_importance'):
+        rows = (s.folder/'tables'/f'{name}.csv').read_text().splitlines()[1:]
+        assert all('own split' in row for row in rows), name
     assert 'folder (own split)' in (s.folder/'tables/transfer.md').read_text().replace('&#95;', '_')
-    for f in ('report.html', 'report.md'): assert 'own split, not comparable with published figures' in (s.folder/f).read_text()
+    said = 'own split, not comparable with published figures'
+    for f in ('report.html', 'report.md'): assert said in (s.folder/f).read_text()
 
 def test_datasets_beside_a_folder_of_ones_own_are_found(tmp_path):
-    params = photographs(tmp_path/'mine'); params['data_root'] = os.path.relpath(params['data_root'])
+    params = photographs(tmp_path/'mine')
+    params['data_root'] = os.path.relpath(params['data_root'])
     s = study.open_study(quick | params | dict(transfer='eurosat'))
-    said = s.target('eurosat'); assert said.startswith('data_root holds no folder eurosat') and 'data_root data_root' not in said and str(tmp_path) not in said
+    said = s.target('eurosat')
+    assert said.startswith('data_root holds no folder eurosat')
+    assert 'data_root data_root' not in said and str(tmp_path) not in said
     assert s.target('folder').split == 'own split'
-    for c in ('AnnualCrop', 'Forest', 'River'):
-        (tmp_path/'eurosat'/'2750'/c).mkdir(parents=True)
-    said = s.target('eurosat'); assert said.startswith('there is no split_zhou_EuroSAT.json in data_root') and str(tmp_path) not in said
+    for c in ('AnnualCrop', 'Forest', 'River'): (tmp_path/'eurosat'/'2750'/c).mkdir(parents=True)
+    said = s.target('eurosat')
+    assert said.startswith('there is no split_zhou_EuroSAT.json in data_root') and str(tmp_path) not in said
 
 def test_a_finished_run_says_when_its_images_were_others(tmp_path):
-    from PIL import Image
-    params = photographs(tmp_path/'images'); s, record = complete(**params)
-    assert len(record.manifest['data']['few_shot_images_sha']) == len(record.manifest['data']['test_sizes_sha']) == 64
+    params = photographs(tmp_path/'images')
+    s, record = complete(**params)
+    known = record.manifest['data']
+    assert len(known['few_shot_images_sha']) == len(known['test_sizes_sha']) == 64
     assert not any('not the files' in n for n in study.open_study(quick | params).notes)
-    path = Path(s.few_shot[0].image.path); Image.new('RGB', (32, 32), (1, 2, 3)).save(path)
+    Image.new('RGB', (32, 32), (1, 2, 3)).save(s.few_shot[0].image.path)
     again = study.open_study(quick | params)
-    assert again.finished and any('the few-shot images here are not the files of this record' in n for n in again.notes) and 'not the files' in again.intro()
+    assert again.finished and 'not the files' in again.intro()
+    assert any('the few-shot images here are not the files of this record' in n for n in again.notes)
 
 # --- mistakes, in this process ---
 
 @pytest.mark.parametrize('params, said', [
-    (dict(dataset='../../etc'), 'etc'), (dict(dataset='eurosat'), 'data_root'), (dict(clip='ViT-B-61/openai'), 'ViT-B-16'),
-    (dict(clip='local-dir:/nowhere'), 'nowhere'), (dict(llm='smolm2'), 'smollm2'), (dict(captioner='clap'), 'clip'), (dict(shots=0), 'shots'),
-    (dict(shots=-1), 'shots'), (dict(shots=1000), 'choose another number of shots'), (dict(steps='many'), 'steps'), (dict(temperature=9), 'temperature'),
-    (dict(device='tpu'), 'device'), (dict(captioner='file:/nowhere.json'), 'nowhere'),
+    (dict(dataset='../../etc'), 'etc'),
+    (dict(dataset='eurosat'), 'data_root'),
+    (dict(clip='ViT-B-61/openai'), 'ViT-B-16'),
+    (dict(clip='local-dir:/nowhere'), 'nowhere'),
+    (dict(llm='smolm2'), 'smollm2'),
+    (dict(captioner='clap'), 'clip'),
+    (dict(shots=0), 'shots'),
+    (dict(shots=-1), 'shots'),
+    (dict(shots=1000), 'choose another number of shots'),
+    (dict(steps='many'), 'steps'),
+    (dict(temperature=9), 'temperature'),
+    (dict(device='tpu'), 'device'),
+    (dict(captioner='file:/nowhere.json'), 'nowhere'),
     (dict(transfer='mini_objets'), 'mini_objects'), (dict(transfer='shifts'), 'no shifted versions')])
 def test_one_sentence(tmp_path, params, said):
     with pytest.raises(IpoError, match=said) as e: complete(out_dir=str(tmp_path), **params)
@@ -126,14 +211,11 @@ def test_one_sentence(tmp_path, params, said):
     assert not list(tmp_path.glob('*/*/result.json'))
 
 def test_damaged_images_are_found_before_the_search(tmp_path):
-    from PIL import Image
-    for name in 'abcd':
-        (tmp_path/'images'/name).mkdir(parents=True)
-        for i in range(6): Image.new('RGB', (32, 32), (40*i, 90, 10)).save(tmp_path/'images'/name/f'{i}.png')
-    params = dict(dataset='folder', data_root=str(tmp_path/'images'), clip='mini', out_dir=str(tmp_path/'runs'))
+    params = photographs(tmp_path/'images')
     for name in 'ab':
         for i in range(6): (tmp_path/'images'/name/f'{i}.png').write_bytes(b'' if i % 2 else b'no image')
-    with pytest.raises(IpoError, match='image files are empty or no images, for example'): study.open_study(quick | params)
+    said = 'image files are empty or no images, for example'
+    with pytest.raises(IpoError, match=said): study.open_study(quick | params)
     assert not (tmp_path/'runs').exists()
 
 def test_two_runs_at_once(tmp_path):
@@ -158,7 +240,8 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(IpoError, match='disk is full'): s.search()
     assert 0 < len(core.read_jsonl(s.folder/'history.jsonl')) < 4 # some steps, not all
-    monkeypatch.undo(); s.lock.release()
+    monkeypatch.undo()
+    s.lock.release()
     assert complete(out_dir=str(tmp_path))[1].result['search']['steps'] == 3
 
 # --- interruption ---
@@ -166,10 +249,12 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path):
     whole = complete(out_dir=str(tmp_path/'whole'))[0].folder/'result.json'
     s = study.open_study(quick | dict(out_dir=str(tmp_path/'cut')))
-    s.describe(); s.search(); s.lock.release()
+    s.search()
+    s.lock.release()
     journal = s.folder/'history.jsonl'
     data = journal.read_bytes()
-    for cut in (len(data) - 1, len(data)//2, 10, 0): # inside the last line, inside an earlier one, inside the first, before it
+    # inside the last line, inside an earlier one, inside the first, before it
+    for cut in (len(data) - 1, len(data)//2, 10, 0):
         journal.write_bytes(data[:cut])
         for f in ('result.json', 'control.jsonl'): (s.folder/f).unlink(missing_ok=True)
         complete(out_dir=str(tmp_path/'cut'))
@@ -179,11 +264,12 @@ script = "import sys; sys.path.insert(0, 'tests'); import test_study as t; t.com
 
 def test_killed_in_mid_search(tmp_path):
     whole, _ = complete(out_dir=str(tmp_path/'whole'), steps=12)
-    worker = subprocess.Popen([sys.executable, '-c', script, str(tmp_path/'cut')], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen([sys.executable, '-c', script, str(tmp_path/'cut')], cwd=root,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while time.time() < deadline and worker.poll() is None:
         lines = [p.read_bytes().count(b'\n') for p in tmp_path.glob('cut/*/*/history.jsonl')]
-        if lines and lines[0] >= 4: worker.send_signal(signal.SIGKILL); break
+        if lines and lines[0] >= 4: worker.send_signal(signal.SIGKILL)
         time.sleep(.005)
     worker.wait()
     again, _ = complete(out_dir=str(tmp_path/'cut'), steps=12)
@@ -192,11 +278,13 @@ def test_killed_in_mid_search(tmp_path):
 # --- real photographs ---
 
 def test_real_photographs(tmp_path, real):
-    done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(dict(
-        dataset='eurosat', data_root=real/'data', clip=f"local-dir:{real/'clip_small'}", steps=5, llm='random', out_dir=tmp_path/'runs')))
+    params = dict(dataset='eurosat', data_root=real/'data', clip=f"local-dir:{real/'clip_small'}", steps=5,
+                  llm='random', out_dir=tmp_path/'runs')
+    done = papermill('run_dataset.ipynb', tmp_path/'out.ipynb', *pairs(params))
     assert done.returncode == 0, done.stderr[-2000:]
     folder, = (tmp_path/'runs'/'eurosat').iterdir()
     result = records.load_record(folder).result
-    assert result['data']['counts'] == dict(train=400, val=200, test=1200, few_shot=5, base_test=600, novel_test=600)
+    assert result['data']['counts'] == dict(train=400, val=200, test=1200, few_shot=5, base_test=600,
+                                            novel_test=600)
     assert result['data']['split_source'] == 'subset'
     assert result['methods'][0]['h'] > 40 # five classes a half: chance is 20
