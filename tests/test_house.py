@@ -14,8 +14,8 @@ package = root/'ipo_nb'
 # rooms may import each other. A new room is put here, and into the table of CONTRIBUTING.md.
 FLOORS = [
     {'core'},
-    {'miniworld', 'scorer', 'meta_prompt', 'llm', 'stats', 'readability'},
-    {'data', 'mini_clip', 'captioning', 'evaluation', 'optimizer', 'choice'},
+    {'miniworld', 'scorer', 'meta_prompt', 'llm', 'stats'},
+    {'data', 'mini_clip', 'captioning', 'evaluation', 'optimizer', 'choice', 'readability'},
     {'evidence', 'download'},
     {'paper', 'peers'},
     {'study'},
