@@ -485,8 +485,8 @@ def evaluate(self:Study) -> tuple: # dict: methods, paired tests, word importanc
 # %% ../nbs/11_study.ipynb #c4e0a004
 @patch
 def _accuracies(self:Study, prompts, half): # prompt -> accuracy on a half's test images
-    correct = evaluation._correct(self.clip, prompts, half)
-    return dict(zip(prompts, map(evaluation.accuracy, correct)))
+    found = scorer.predict(self.clip, prompts, half.names, half.feats)
+    return dict(zip(prompts, map(evaluation.accuracy, (found == half.labels).numpy())))
 
 # %% ../nbs/11_study.ipynb #44a36e74
 @patch

@@ -13,6 +13,7 @@ import re
 import sys
 import tokenize
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -164,7 +165,7 @@ def broken_cells(numbers, by):
 def groups(files):
     "Group -> files; all of the repository where none is named."
     every = [Path(f).resolve() for f in files]
-    every = every or [p for d in ('nbs', 'ipo_nb', 'tests') for p in sorted((root/d).rglob('*'))]
+    for folder in () if every else ('nbs', 'ipo_nb', 'tests'): every += sorted((root/folder).rglob('*'))
     out = dict(notebooks=[], package=[], tests=[])
     for p in every:
         if p.name == '_modidx.py' or '.ipynb_checkpoints' in p.parts: continue
@@ -182,17 +183,17 @@ def shown(name, c):
 
 def report(files=(), say=print):
     "Print the numbers and what breaks a limit. The broken limits, with their places."
-    found = {group: [piece for path in paths for piece in pieces(path)] for group, paths in groups(files).items()}
+    found = {group: [*chain.from_iterable(map(pieces, paths))] for group, paths in groups(files).items()}
     counts = {group: count(ps) for group, ps in found.items()}
     numbers, by = lengths(found['notebooks'])
     say('           lines  over 120       160  ;/1,000  loops  nested/1,000')
     for group, c in counts.items(): say(shown(group, c))
     say("(the package without nbdev's own `__all__` statements and _modidx.py)")
     if numbers: say(f"{len(by)} exported cells: " + ', '.join(f'{k} {v:g}' for k, v in numbers.items()))
-    out = [b for group, c in counts.items() for b in broken(group, c)] + [*broken_cells(numbers, by)]
+    out = [*chain.from_iterable(broken(group, c) for group, c in counts.items()), *broken_cells(numbers, by)]
     for limit, places in out: say('\n'.join([f'\n{limit}: {len(places)}', *(f'  {p}' for p in places)]))
     if files:
-        wide = [place for c in counts.values() for place in c.over_120]
+        wide = [*chain.from_iterable(c.over_120 for c in counts.values())]
         say('\n'.join([f'\nall lines over {WIDE} characters: {len(wide)}', *(f'  {p}' for p in wide)]))
     return out
 
