@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'transfer_table', 'cost_table',
            'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table', 'gallery',
-           'trajectory', 'comparison', 'words_figure', 'headline', 'parts', 'meta_prompt_html', 'report_markdown',
-           'report_html', 'figures', 'tables', 'write_report']
+           'trajectory', 'comparison', 'words_figure', 'headline', 'parts', 'report_markdown', 'report_html',
+           'meta_prompt_html', 'figures', 'tables', 'write_report']
 
 # %% ../../nbs/evidence/03_report.ipynb #887cc499
-import base64, json
+import base64
 from collections import Counter
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from matplotlib.colors import LinearSegmentedColormap
@@ -24,124 +25,231 @@ from .records import *
 from .show import *
 
 # %% ../../nbs/evidence/03_report.ipynb #ebe0efe1
+_UNPUBLISHED = ('subset', 'own split', 'file', 'as laid out')
+
 def _ci(x, ci): return f'{x:.1f} [{ci[0]:.1f}, {ci[1]:.1f}]'
 
-def _mark(split): return split if split in ('subset', 'own split', 'file', 'as laid out') else '' # not the published split
+def _mark(split): return split if split in _UNPUBLISHED else '' # what a reader must know of a split
+
+def _run_mark(record): return _mark(record.result['data'].get('split_source'))
+
+def _with_mark(name, mark): return f'{name} ({mark})' if mark else name
 
 def _marked(record, table): # the same table, with a column where its figures are not comparable with published ones
-    mark = _mark(record.result['data'].get('split_source'))
+    mark = _run_mark(record)
     return replace(table, rows=[r | dict(split=mark) for r in table.rows]) if mark else table
 
-def summary_table(record:Record) -> Table: # a row for each compared prompt
-    "Accuracies with intervals, as in the paper's table 6, and p against the chosen prompt."
-    ps = {r['b']: r['p'] for r in record.result['paired'] if r['half'] == 'all'}
-    rows = [{'method': m['name'], 'prompt': m['prompt'], 'base': _ci(m['base'], m['base_ci']), 'novel': _ci(m['novel'], m['novel_ci']),
-             'H': _ci(m['h'], m['h_ci']), 'p': ps.get(m['name'])} for m in record.result['methods']]
-    return _marked(record, Table('methods', 'Test accuracy with 95 % intervals; p: exact McNemar test of the first prompt against this one', rows))
+# %% ../../nbs/evidence/03_report.ipynb #abbf4e9b
+_ACCURACIES = dict(base='base', novel='novel', H='h') # title of a column -> key of an evaluation
+_METHODS = 'Test accuracy with 95 % intervals; p: exact McNemar test of the first prompt against this one'
 
-def scores_table(record:Record) -> Table: # the same, numbers apart
-    "The summary with one number a cell, for programs."
-    pick = lambda m: dict(method=m['name'], prompt=m['prompt'], base=m['base'], novel=m['novel'], H=m['h']) | {f'{k}_{e}': m[f'{k}_ci'][i] for k in ('base','novel','h') for i, e in enumerate(('low','high'))}
-    return _marked(record, Table('scores', 'Test accuracy, numbers apart', [pick(m) for m in record.result['methods']]))
+def _p_values(record): # method -> p of the chosen prompt against it, over all test images
+    return {r['b']: r['p'] for r in record.result['paired'] if r['half'] == 'all'}
+
+def _with_intervals(m): # accuracies of a method as text
+    return {title: _ci(m[key], m[f'{key}_ci']) for title, key in _ACCURACIES.items()}
+
+def summary_table(record:Record # a finished run
+                 ) -> Table: # a row for each compared prompt
+    "Accuracies with intervals, as in the paper's table 6, and p against the chosen prompt."
+    ps, rows = _p_values(record), []
+    for m in record.result['methods']:
+        named = dict(method=m['name'], prompt=m['prompt'])
+        rows.append(named | _with_intervals(m) | dict(p=ps.get(m['name'])))
+    return _marked(record, Table('methods', _METHODS, rows))
+
+# %% ../../nbs/evidence/03_report.ipynb #d4d43f15
+def _apart(m): # one method, one number a cell
+    row = dict(method=m['name'], prompt=m['prompt']) | {title: m[key] for title, key in _ACCURACIES.items()}
+    for key in _ACCURACIES.values(): row[f'{key}_low'], row[f'{key}_high'] = m[f'{key}_ci']
+    return row
+
+def scores_table(record:Record # a finished run
+                ) -> Table: # a row for each compared prompt
+    "The summary with numbers apart, for programs."
+    rows = [_apart(m) for m in record.result['methods']]
+    return _marked(record, Table('scores', 'Test accuracy, numbers apart', rows))
 
 # %% ../../nbs/evidence/03_report.ipynb #668cff08
-def _columns(rows, names): return [{k: r[k] for k in names.split()} for r in rows] # JSON has its keys sorted
+def _keys(row, names): return {k: row[k] for k in names.split()} # in this order; JSON has its keys sorted
 
-def words_table(record:Record) -> Table: # a row for each part left out
+def _word_row(r): # one part left out
+    return {'left out': r['removed'], 'prompt': r['prompt'],
+            'base': r['base'], 'novel': r['novel'], 'H': r['h'], 'H lost': r['drop']}
+
+def words_table(record:Record # a finished run
+               ) -> Table: # a row for each part left out
     "Word importance (tables 1 and 19-29 of the paper)."
-    rows = [{'left out': r['removed'], 'prompt': r['prompt'], 'base': r['base'], 'novel': r['novel'], 'H': r['h'], 'H lost': r['drop']} for r in record.result['word_importance']]
-    return _marked(record, Table('word_importance', 'Accuracy when words are left out', rows, ('left out', 'prompt')))
+    rows = [_word_row(r) for r in record.result['word_importance']]
+    table = Table('word_importance', 'Accuracy when words are left out', rows, ('left out', 'prompt'))
+    return _marked(record, table)
 
-def paired_table(record:Record) -> Table: # three rows a comparison
+# %% ../../nbs/evidence/03_report.ipynb #19557cc6
+_PAIRED = 'Exact McNemar tests on the same images; a_only and b_only count images that only one gets right'
+
+def paired_table(record:Record # a finished run
+                ) -> Table: # three rows a comparison
     "Every paired test, with the images on which the two prompts differ."
-    return _marked(record, Table('paired', 'Exact McNemar tests on the same images; a_only and b_only count images that only one gets right', _columns(record.result['paired'], 'a b half n a_only b_only p')))
+    rows = [_keys(r, 'a b half n a_only b_only p') for r in record.result['paired']]
+    return _marked(record, Table('paired', _PAIRED, rows))
 
-def search_table(record:Record) -> Table: # a row for the search and one for its control
+# %% ../../nbs/evidence/03_report.ipynb #722dedfc
+def _search_row(name, s): # from the summary of a search
+    asked = dict(run=name) | _keys(s, 'llm steps calls scored')
+    became = {status: s['status'].get(status, 0) for status in STATUSES}
+    return asked | became | _keys(s, 'tokens_in tokens_out stop')
+
+def search_table(record:Record # a finished run
+                ) -> Table: # a row for the search and one for its control
     "What was asked, what came back, and why it stopped."
-    def row(name, s): return dict(run=name, llm=s['llm'], steps=s['steps'], calls=s['calls'], scored=s['scored'], **{k: s['status'].get(k, 0) for k in STATUSES},
-                                  tokens_in=s['tokens_in'], tokens_out=s['tokens_out'], stop=s['stop'])
-    runs = [('search', record.result['search']), ('control', record.result.get('control'))]
-    return Table('search', 'The budget and what became of the proposals', [row(n, s) for n, s in runs if s])
+    runs = dict(search=record.result['search'], control=record.result.get('control'))
+    rows = [_search_row(name, s) for name, s in runs.items() if s]
+    return Table('search', 'The budget and what became of the proposals', rows)
 
 # %% ../../nbs/evidence/03_report.ipynb #3de94aef
-def transfer_table(record:Record) -> Table: # a row for each target; empty where none was asked for
+def _target_row(name, methods, classes, images): # a line that has no accuracies yet
+    return dict(dataset=name, classes=classes, images=images) | dict.fromkeys(methods, '') | dict(skipped='')
+
+def transfer_table(record:Record # a finished run
+                  ) -> Table: # a row for each target; empty where none was asked for
     "The prompts on other datasets and shifted versions (the paper's table 9)."
     found, rows = record.result.get('transfer') or [], {}
     methods = list(dict.fromkeys(r['method'] for r in found if r['method']))
     for r in found:
-        row = rows.setdefault(r['dataset'], dict(dataset=f"{r['dataset']} ({m})" if (m := _mark(r.get('split'))) else r['dataset'], classes=r['classes'], images=0, **dict.fromkeys(methods, ''), skipped=''))
+        name = _with_mark(r['dataset'], _mark(r.get('split')))
+        row = rows.setdefault(r['dataset'], _target_row(name, methods, r['classes'], 0))
         if r['skipped']: row['skipped'] = r['skipped']
         else: row.update({'images': r['n'], r['method']: _ci(r['accuracy'], r['interval'])})
-    means = {m: f'{a:.1f}' for m, a in transfer_means(found).items()}
-    last = [rows_ | means for rows_ in [dict(dataset='mean', classes=None, images=None, **dict.fromkeys(methods, ''), skipped='')] if means]
-    return Table('transfer', 'The prompts elsewhere, all classes of each dataset, with 95 % intervals', [*rows.values(), *last])
+    means = {method: f'{mean:.1f}' for method, mean in transfer_means(found).items()}
+    last = [_target_row('mean', methods, None, None) | means] if means else []
+    title = 'The prompts elsewhere, all classes of each dataset, with 95 % intervals'
+    return Table('transfer', title, [*rows.values(), *last])
 
-def _moved(record): return [transfer_table(record)] if record.result.get('transfer') else []
+def _moved(record): # what a run without targets leaves out
+    return [transfer_table(record)] if record.result.get('transfer') else []
 
 # %% ../../nbs/evidence/03_report.ipynb #56b83ad4
-def cost_table(record:Record) -> Table: # a row for each role
-    "What was spent, and how often the captioner named a class."
-    rows = [dict(role=role) | {k: c.get(k, '') for k in ('calls', 'tokens_in', 'tokens_out', 'cost', 'asked_again', 'masked')}
-            for role, c in sorted(record.result.get('cost', {}).items(), reverse=True)]
-    return Table('cost', 'What was spent; descriptions that named their class were asked for again, and what still leaked was masked', rows, digits=4)
+_SPENT = ('calls', 'tokens_in', 'tokens_out', 'cost', 'asked_again', 'masked')
+_COST = 'What was spent; descriptions that named their class were asked for again, and what still leaked was masked'
 
-def answers_table(record:Record) -> Table: # a row for each kind of unusual answer
+def _cost_row(role, spent): return dict(role=role) | {k: spent.get(k, '') for k in _SPENT}
+
+def cost_table(record:Record # a finished run
+              ) -> Table: # a row for each role
+    "What was spent, and how often the captioner named a class."
+    roles = sorted(record.result.get('cost', {}).items(), reverse=True)
+    return Table('cost', _COST, [_cost_row(role, spent) for role, spent in roles], digits=4)
+
+# %% ../../nbs/evidence/03_report.ipynb #9f3b8f5f
+def _replies(history): # every answer, in order
+    for l in history: yield from l.get('replies', ())
+
+def answers_table(record:Record # a finished run
+                 ) -> Table: # a row for each kind of unusual answer
     "What was unusual in the optimizer's answers."
-    notes = Counter(r['note'] for l in record.history for r in l.get('replies', ()) if r.get('note'))
+    notes = Counter(r['note'] for r in _replies(record.history) if r.get('note'))
     rows = [dict(note=note, answers=k) for note, k in notes.most_common(20)]
     shortened = (record.result['search'] or {}).get('shortened')
-    if shortened: rows.append(dict(note=f'messages did not fit the context: {shortened}', answers=sum('shortened' in l for l in record.history)))
+    if shortened:
+        steps = sum('shortened' in l for l in record.history)
+        rows.append(dict(note=f'messages did not fit the context: {shortened}', answers=steps))
     return Table('answers', 'Unusual answers of the optimizer', rows, ('note',))
 
 # %% ../../nbs/evidence/03_report.ipynb #454cf772
-def memory_tables(record:Record) -> list: # a `Table` for each step that the record shows
+def _memory_table(shown): # the memory of one step
+    rows = [_keys(m, 'step accuracy loss prompt') for m in shown['memory']]
+    return Table(f"memory_step_{shown['step']}", f"Memory at step {shown['step']}, worst first", rows)
+
+def memory_tables(record:Record # a finished run
+                 ) -> list: # a `Table` for each step that the record shows
     "The memory at the first, middle and last step."
-    return [Table(f"memory_step_{s['step']}", f"Memory at step {s['step']}, worst first", _columns(s['memory'], 'step accuracy loss prompt')) for s in record.result['shown']]
+    return [_memory_table(shown) for shown in record.result['shown']]
 
-def descriptions_table(record:Record) -> Table: # a row for each few-shot image
+# %% ../../nbs/evidence/03_report.ipynb #3da60e29
+def _described(d): # what was said about one image
+    return {'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ())), 'image': d['key']}
+
+def descriptions_table(record:Record # a finished run
+                      ) -> Table: # a row for each few-shot image
     "What the language model was told about the images."
-    return Table('descriptions', 'Descriptions of the few-shot images', [{'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ())), 'image': d['key']} for d in record.result.get('descriptions', [])])
+    rows = [_described(d) for d in record.result.get('descriptions', [])]
+    return Table('descriptions', 'Descriptions of the few-shot images', rows)
 
-def candidates_table(record:Record) -> Table: # a row for each proposal, in order
+# %% ../../nbs/evidence/03_report.ipynb #deb316a0
+def _proposals(run, history): # rows of what one search proposed
+    for l in history:
+        for c in l['candidates']: yield dict(run=run, step=l['step']) | _keys(c, 'status prompt loss accuracy')
+
+def candidates_table(record:Record # a finished run
+                    ) -> Table: # a row for each proposal, in order
     "Everything that was proposed, scored or not."
-    rows = [dict(run=name, step=l['step'], status=c['status'], prompt=c['prompt'], loss=c['loss'], accuracy=c['accuracy'])
-            for name, lines in (('search', record.history), ('control', record.control)) for l in lines for c in l['candidates']]
+    rows = [*_proposals('search', record.history), *_proposals('control', record.control)]
     return Table('candidates', 'Every proposal', rows)
 
-def signatures_table(record:Record) -> Table: # a row for each signature that could be checked
+def signatures_table(record:Record # a finished run
+                    ) -> Table: # a row for each signature that could be checked
     "The paper's failure signatures, found or not."
-    return Table('signatures', 'Failure signatures', [dict(signature=s['name'], found='yes' if s['found'] else 'no', what=s['sentence']) for s in record.result['signatures']])
+    found = record.result['signatures']
+    rows = [dict(signature=s['name'], found='yes' if s['found'] else 'no', what=s['sentence']) for s in found]
+    return Table('signatures', 'Failure signatures', rows)
 
 # %% ../../nbs/evidence/03_report.ipynb #de0fe4e3
+_TILE, _GAP = 1.9, .2 # inches: a picture's side, and the space between two
+
 def _select(shots, limit): # which images a gallery shows
     if len(shots) <= limit: return list(range(len(shots)))
-    return list({s['name']: i for i, s in reversed(list(enumerate(shots)))}.values())[::-1][:limit]
+    first = {}
+    for i, s in enumerate(shots): first.setdefault(s['name'], i)
+    return list(first.values())[:limit]
 
-def _tile(fig, ax, x, y, w, image, name, lines): # one picture with its name and its description, as lines
-    im = axes_at(fig, x, y, w, w); im.imshow(image, interpolation='nearest' if min(image.size) < 200 else 'antialiased'); im.axis('off'); im.set_anchor('N')
-    ax.text(x, y+w+.07, '\n'.join(name), weight='bold', size=9, va='top')
-    ax.text(x, y+w+.1+.16*len(name), '\n'.join(lines), size=7.5, va='top', linespacing=1.25, color='#444444')
+# %% ../../nbs/evidence/03_report.ipynb #9b7bedf7
+def _caption(shot, told): # name and description of an image, as lines
+    text = told.get(shot['key'], '')
+    return wrap_text(shot['name'], _TILE-.25, 10.3, 2), wrap_text(text, _TILE-.05, 7.5, 7) # bold is wider
+
+def _row_height(tiles): # inches of a row of (image, name, description)
+    return _TILE + .25 + max(.16*len(name) + .135*len(text) for _, name, text in tiles) + .12
+
+def _tile(fig, ax, x, y, image, name, text): # one picture with its name and its description below
+    im = axes_at(fig, x, y, _TILE, _TILE)
+    im.imshow(image, interpolation='nearest' if min(image.size) < 200 else 'antialiased')
+    im.axis('off')
+    im.set_anchor('N')
+    below = y + _TILE
+    ax.text(x, below+.07, '\n'.join(name), weight='bold', size=9, va='top')
+    ax.text(x, below+.1+.16*len(name), '\n'.join(text), size=7.5, va='top', linespacing=1.25, color='#444444')
 
 # %% ../../nbs/evidence/03_report.ipynb #2eb44b40
+def _check_images(shots, images):
+    if len(images) == len(shots): return
+    raise IpoError(f"the record has {len(shots)} few-shot images and the gallery was given {len(images)}: "
+                   "hand in those of the same run.")
+
+def _gallery_title(record, shown): # shown: how many images
+    n = len(record.result['few_shot'])
+    more = f', {shown} of {n} shown' if shown < n else ''
+    return f"{record.result['dataset']}: the few-shot images of the base classes{more}"
+
+# %% ../../nbs/evidence/03_report.ipynb #b316d1eb
 @picture
 def gallery(record:Record,   # a run
             images:list,     # its few-shot images (PIL), in the order of the record
             limit:int=60     # pictures at most
            ) -> Picture: # images with class names and descriptions
     "The few-shot images. Raises `IpoError` where images and record do not belong together."
-    shots, told = record.result['few_shot'], {d['key']: d['text'] for d in record.result.get('descriptions', [])}
-    if len(images) != len(shots): raise IpoError(f"the record has {len(shots)} few-shot images and the gallery was given {len(images)}: hand in those of the same run.")
-    chosen = _select(shots, limit); cols = min(6, max(3, len(chosen))); w, gap = 1.9, .2
-    texts = {i: wrap_text(told.get(shots[i]['key'], ''), w-.05, 7.5, 7) for i in chosen}
-    names = {i: wrap_text(shots[i]['name'], w-.25, 10.3, 2) for i in chosen} # bold is wider
-    rows = [chosen[i:i+cols] for i in range(0, len(chosen), cols)]
-    heights = [w + .25 + max(.16*len(names[i]) + .135*len(texts[i]) for i in r) + .12 for r in rows]
-    fig, ax = new_page(cols*(w+gap)+gap, .55 + sum(heights)); y = .55
-    more = f', {len(chosen)} of {len(shots)} shown' if len(chosen) < len(shots) else ''
-    ax.text(gap, .32, f"{record.result['dataset']}: the few-shot images of the base classes{more}", size=12, weight='bold')
-    for r, h in zip(rows, heights):
-        for j, i in enumerate(r): _tile(fig, ax, gap + j*(w+gap), y, w, images[i], names[i], texts[i])
-        y += h
+    shots = record.result['few_shot']
+    _check_images(shots, images)
+    told = {d['key']: d['text'] for d in record.result.get('descriptions', [])}
+    tiles = [(images[i], *_caption(shots[i], told)) for i in _select(shots, limit)]
+    columns = min(6, max(3, len(tiles)))
+    rows = [tiles[i:i+columns] for i in range(0, len(tiles), columns)]
+    heights = [_row_height(row) for row in rows]
+    fig, ax = new_page(columns*(_TILE+_GAP)+_GAP, .55 + sum(heights))
+    ax.text(_GAP, .32, _gallery_title(record, len(tiles)), size=12, weight='bold')
+    y = .55
+    for row, height in zip(rows, heights):
+        for j, tile in enumerate(row): _tile(fig, ax, _GAP + j*(_TILE+_GAP), y, *tile)
+        y += height
     return fig
 
 # %% ../../nbs/evidence/03_report.ipynb #5a24f8c2
@@ -155,76 +263,138 @@ def _dots(ax, history, key, size): # accepted candidates, side by side within a 
         xs = l['step'] + (np.arange(len(ys)) - (len(ys)-1)/2)*min(.12, .6/max(1, len(ys)))
         ax.scatter(xs, ys, s=size, color=COLOURS['IPO'], alpha=.4, linewidths=0, zorder=2)
 
+# %% ../../nbs/evidence/03_report.ipynb #3ffac0c3
+_REASONS = ('#D55E00', '#CC79A7', '#7A5195', '#000000', '#B8860B', '#56B4E9') # colours of the reasons
+
+def _rejected(history, status): # places of the candidates that were rejected for a reason
+    for l in history:
+        n = sum(c['status'] == status for c in l['candidates'])
+        yield from (l['step'] + .1*j for j in range(n))
+
 def _rug(ax, history, shown): # rejected candidates, a row for each reason
+    names = []
     for y, status in enumerate(shown):
-        xs = [l['step'] + .1*j for l in history for j, c in enumerate(c for c in l['candidates'] if c['status'] == status)]
-        ax.scatter(xs, [y]*len(xs), marker='x', s=18, linewidths=1, color=['#D55E00', '#CC79A7', '#7A5195', '#000000', '#B8860B', '#56B4E9'][y % 6])
-    names = [f"{s} ({sum(c['status'] == s for l in history for c in l['candidates'])})" for s in shown]
-    ax.set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown)-.5, -.5)); ax.tick_params(axis='y', labelsize=8, length=0); ax.grid(False, axis='y')
+        xs = list(_rejected(history, status))
+        ax.scatter(xs, [y]*len(xs), marker='x', s=18, linewidths=1, color=_REASONS[y % 6])
+        names.append(f'{status} ({len(xs)})')
+    ax.set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown)-.5, -.5))
+    ax.tick_params(axis='y', labelsize=8, length=0)
+    ax.grid(False, axis='y')
+    ax.set_title('rejected', size=8, weight='normal')
 
 # %% ../../nbs/evidence/03_report.ipynb #d8ed8a3a
+def _score_panel(ax, record, key, size): # candidates, their best so far, the control's, and the chosen prompt
+    best = record.result['chosen']
+    _dots(ax, record.history, key, size)
+    if record.control:
+        _line(ax, record.control, key, color='#999999', lw=1, label='random control, best so far', zorder=3)
+    _line(ax, record.history, key, color=COLOURS['IPO'], lw=2, label='best prompt so far', zorder=4)
+    ax.scatter([best['step']], [best[key]], s=90, facecolor='none', edgecolor='#D55E00', lw=1.6, zorder=5,
+               label='chosen prompt')
+
+# %% ../../nbs/evidence/03_report.ipynb #fae9e391
+_ABOVE = dict(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8) # legend below the title
+
 @picture
 def trajectory(record:Record # a run
               ) -> Picture: # accuracy, loss and rejected proposals over the steps
     "The search, step by step (figure 9 of the paper)."
-    counts = record.result['search']['status']; shown = [s for s in STATUSES[1:] if counts.get(s)]
+    search, size = record.result['search'], 22 if len(record.history) < 40 else 12
+    shown = [s for s in STATUSES[1:] if search['status'].get(s)]
     fig = Picture(figsize=(9, 5.6 + .22*len(shown)), layout='constrained')
     axes = fig.subplots(2 + bool(shown), sharex=True, height_ratios=[2.4, 2.4] + [.24*len(shown)]*bool(shown))
-    best, size = record.result['chosen'], 22 if len(record.history) < 40 else 12
-    for ax, key, label in zip(axes, ('accuracy', 'loss'), ('few-shot accuracy (%)', 'few-shot loss (nats)')):
-        _dots(ax, record.history, key, size)
-        if record.control: _line(ax, record.control, key, color='#999999', lw=1, label='random control, best so far', zorder=3)
-        _line(ax, record.history, key, color=COLOURS['IPO'], lw=2, label='best prompt so far', zorder=4)
-        ax.scatter([best['step']], [best[key]], s=90, facecolor='none', edgecolor='#D55E00', lw=1.6, zorder=5, label='chosen prompt')
-        ax.set_ylabel(label)
+    for ax, key in zip(axes, ('accuracy', 'loss')): _score_panel(ax, record, key, size)
+    axes[0].set_ylabel('few-shot accuracy (%)')
+    axes[1].set_ylabel('few-shot loss (nats)')
     axes[0].scatter([], [], s=size, color=COLOURS['IPO'], alpha=.4, linewidths=0, label='a candidate')
-    axes[0].set_title(f"{record.result['dataset']}: the search by {record.result['search']['llm']}", pad=24)
-    axes[0].legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8, borderaxespad=.2, handletextpad=.5)
-    if shown: _rug(axes[2], record.history, shown); axes[2].set_title('rejected', size=8, weight='normal')
-    axes[-1].set_xlabel('step'); axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_title(f"{record.result['dataset']}: the search by {search['llm']}", pad=24)
+    axes[0].legend(**_ABOVE, borderaxespad=.2, handletextpad=.5)
+    if shown: _rug(axes[2], record.history, shown)
+    axes[-1].set_xlabel('step')
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 # %% ../../nbs/evidence/03_report.ipynb #65a7de3e
-def _bars(ax, methods): # three groups of bars with intervals and numbers
-    keys, w = ('base', 'novel', 'h'), .84/len(methods)
-    for i, m in enumerate(methods):
-        x, y = np.arange(3) + (i-(len(methods)-1)/2)*w, np.array([m[k] for k in keys])
-        err = np.array([[m[k]-m[f'{k}_ci'][0], m[f'{k}_ci'][1]-m[k]] for k in keys]).T.clip(0)
-        ax.bar(x, y, w*.92, color=colour(m['name'], i)); ax.errorbar(x, y, err, fmt='none', ecolor=INK, elinewidth=1, capsize=2.5)
-        for xi, yi, e in zip(x, y, err[1]): ax.text(xi, yi+e+1.5, f'{yi:.1f}', ha='center', size=8 if len(methods) < 6 else 6.5)
-    ax.set(xticks=range(3), xticklabels=['base classes', 'novel classes', 'harmonic mean H'], ylim=(0, 109), yticks=range(0, 101, 20), ylabel='test accuracy (%)')
-    ax.grid(False, axis='x'); ax.tick_params(axis='x', length=0, labelsize=10)
+_GROUPS = dict(base='base classes', novel='novel classes', h='harmonic mean H')
 
+def _whiskers(m): # lengths below and above, for each group
+    ends = [(m[k] - m[f'{k}_ci'][0], m[f'{k}_ci'][1] - m[k]) for k in _GROUPS]
+    return np.array(ends).T.clip(0)
+
+def _bar(ax, m, x, width, fill, size): # the bars of one method, one in each group
+    y, ends = np.array([m[k] for k in _GROUPS]), _whiskers(m)
+    ax.bar(x, y, width*.92, color=fill)
+    ax.errorbar(x, y, ends, fmt='none', ecolor=INK, elinewidth=1, capsize=2.5)
+    for at, top, above in zip(x, y, ends[1]): ax.text(at, top+above+1.5, f'{top:.1f}', ha='center', size=size)
+
+# %% ../../nbs/evidence/03_report.ipynb #8d7c4ce4
+def _bars(ax, methods): # three groups of bars with intervals and numbers
+    width, size = .84/len(methods), 8 if len(methods) < 6 else 6.5
+    for i, m in enumerate(methods):
+        x = np.arange(3) + (i-(len(methods)-1)/2)*width
+        _bar(ax, m, x, width, colour(m['name'], i), size)
+    ax.set(xticks=range(3), xticklabels=_GROUPS.values(), ylabel='test accuracy (%)')
+    ax.set(ylim=(0, 109), yticks=range(0, 101, 20))
+    ax.grid(False, axis='x')
+    ax.tick_params(axis='x', length=0, labelsize=10)
+
+# %% ../../nbs/evidence/03_report.ipynb #754e2e36
+def _comparison_title(record):
+    n, name = record.result['data']['counts'], _with_mark(record.result['dataset'], _run_mark(record))
+    return f"{name}: {n['base_test']} base and {n['novel_test']} novel test images, 95 % intervals"
+
+def _spelled(ax, y, m, fill, lines): # a method and its prompt, with a box of its colour
+    ax.add_patch(FancyBboxPatch((.72, y-.13), .13, .13, boxstyle='square,pad=0', fc=fill, ec='none'))
+    ax.text(.98, y, m['name'], weight='bold', size=9)
+    ax.text(.98, y+.08, '\n'.join(lines), size=9, va='top', linespacing=1.25)
+
+# %% ../../nbs/evidence/03_report.ipynb #5bb2a995
 @picture
 def comparison(record:Record # a run
               ) -> Picture: # bars, and the prompts below them
     "Base, novel and H of all compared prompts (the paper's table 6 as a picture)."
-    methods = record.result['methods']; texts = [wrap_text(m['prompt'], 8, 9) for m in methods]
-    fig, ax = new_page(9.4, 4.75 + sum(.3 + .16*len(t) for t in texts)); y = 4.75
-    n = record.result['data']['counts']
-    ax.text(.7, .35, f"{record.result['dataset']}{f' ({m})' if (m := _mark(record.result['data'].get('split_source'))) else ''}: {n['base_test']} base and {n['novel_test']} novel test images, 95 % intervals", size=11, weight='bold')
+    methods = record.result['methods']
+    texts = [wrap_text(m['prompt'], 8, 9) for m in methods]
+    y = 4.75
+    fig, ax = new_page(9.4, y + sum(.3 + .16*len(t) for t in texts))
+    ax.text(.7, .35, _comparison_title(record), size=11, weight='bold')
     _bars(axes_at(fig, .7, .6, 8.4, 3.7), methods)
     for i, (m, lines) in enumerate(zip(methods, texts)):
-        ax.add_patch(FancyBboxPatch((.72, y-.13), .13, .13, boxstyle='square,pad=0', fc=colour(m['name'], i), ec='none'))
-        ax.text(.98, y, m['name'], weight='bold', size=9); ax.text(.98, y+.08, '\n'.join(lines), size=9, va='top', linespacing=1.25); y += .3 + .16*len(lines)
+        _spelled(ax, y, m, colour(m['name'], i), lines)
+        y += .3 + .16*len(lines)
     return fig
 
 # %% ../../nbs/evidence/03_report.ipynb #d5866dde
-def _groups(record): # (text words, row or None) in the order of the prompt
-    words, groups, at = record.result['word_importance'][0]['prompt'].split(), [], 0
-    rows = sorted((r for r in record.result['word_importance'] if r['kind'] in ('word', 'phrase')), key=lambda r: r['start'])
-    for r in rows:
-        if at < r['start']: groups.append((words[at:r['start']], None))
-        groups.append((words[r['start']:r['end']], r)); at = r['end']
-    return groups + ([(words[at:], None)] if at < len(words) else [])
+class _Box(NamedTuple):
+    "A piece of the prompt and its place on the page."
+    line:int    # from 0
+    x:float     # inches from the left
+    width:float # inches
+    text:str
+    row:dict    # of word importance; None for words that were never left out
+    first:bool  # the first piece of its phrase
 
-def _flow(groups, width, size): # (line, x, width, text, row, is first fragment), in inches
+def _single(record): # rows of word importance that leave out a word or a phrase
+    return [r for r in record.result['word_importance'] if r['kind'] in ('word', 'phrase')]
+
+def _groups(record): # (words, row or None) in the order of the prompt
+    words, groups, at = record.result['word_importance'][0]['prompt'].split(), [], 0
+    for r in sorted(_single(record), key=lambda r: r['start']):
+        groups += [(words[at:r['start']], None), (words[r['start']:r['end']], r)]
+        at = r['end']
+    groups.append((words[at:], None))
+    return [(found, row) for found, row in groups if found]
+
+# %% ../../nbs/evidence/03_report.ipynb #c0d254ae
+def _flow(groups, width, size): # `_Box`es that fill lines of a width in inches
     placed, line, x = [], 0, 0.
     for words, row in groups:
         for i, part in enumerate(fit_text(words, width-.16, size)):
-            w = max(text_width(' '.join(part), size) + .16, .46)
+            text = ' '.join(part)
+            w = max(text_width(text, size) + .16, .46)
             if x and x + w > width: line, x = line+1, 0.
-            placed.append((line, x, w, ' '.join(part), row, i == 0)); x += w + .08
+            placed.append(_Box(line, x, w, text, row, i == 0))
+            x += w + .08
     return placed
 
 # %% ../../nbs/evidence/03_report.ipynb #9f778b31
@@ -232,118 +402,188 @@ _loss_gain = LinearSegmentedColormap.from_list('loss_gain', ['#5AAAE0', '#FFFFFF
 
 def _change(drop): return f'{-drop:+.1f}'.replace('-', '−') if abs(drop) >= .05 else '0'
 
-def _box(ax, x, y, w, text, row, first, most): # one word or phrase with its number
-    fc = '#FFFFFF' if row is None else _loss_gain(.5 + .5*row['drop']/most)
-    ax.add_patch(FancyBboxPatch((x, y), w, .36, boxstyle='round,pad=0,rounding_size=.05', fc=fc, ec='#BBBBBB' if row else INK, lw=.8))
-    ax.text(x+w/2, y+.25, text, size=14, ha='center', weight='normal')
-    if row and first: ax.text(x+w/2, y+.53, _change(row['drop']), size=8.5, ha='center', color='#333333')
+def _draw_box(ax, x, y, box, most): # one word or phrase with its number
+    row, middle = box.row, x + box.width/2
+    fill = '#FFFFFF' if row is None else _loss_gain(.5 + .5*row['drop']/most)
+    shape = 'round,pad=0,rounding_size=.05'
+    ax.add_patch(FancyBboxPatch((x, y), box.width, .36, boxstyle=shape, fc=fill, ec='#BBBBBB' if row else INK, lw=.8))
+    ax.text(middle, y+.25, box.text, size=14, ha='center', weight='normal')
+    if row and box.first: ax.text(middle, y+.53, _change(row['drop']), size=8.5, ha='center', color='#333333')
+
+# %% ../../nbs/evidence/03_report.ipynb #0dd91840
+_LARGER = dict(before='without everything before <CLASS>', after='without everything after <CLASS>',
+               all='the class name alone')
 
 def _rest(record): # sentences about larger parts and about chance
-    names = {'before': 'without everything before <CLASS>', 'after': 'without everything after <CLASS>', 'all': 'the class name alone'}
-    rows, whole = record.result['word_importance'], record.result['methods'][0]
-    lines = [f"{names[r['kind']]}: H {r['h']:.1f} ({_change(r['drop'])})" for r in rows if r['kind'] in names]
-    return lines + [f"whole prompt: H {rows[0]['h']:.1f}; the half-width of its 95 % interval is {(whole['h_ci'][1]-whole['h_ci'][0])/2:.1f} points"]
+    rows, (low, high) = record.result['word_importance'], record.result['methods'][0]['h_ci']
+    larger = [r for r in rows if r['kind'] in _LARGER]
+    lines = [f"{_LARGER[r['kind']]}: H {r['h']:.1f} ({_change(r['drop'])})" for r in larger]
+    half = f"the half-width of its 95 % interval is {(high-low)/2:.1f} points"
+    return [*lines, f"whole prompt: H {rows[0]['h']:.1f}; {half}"]
+
+def _rest_lines(record): # the same, wrapped
+    for text in _rest(record): yield from wrap_text(text, 8.6, 8.5)
 
 # %% ../../nbs/evidence/03_report.ipynb #41786fd3
+def _scale(fig, ax, most): # the colours and what they mean, at the top right
+    ax.text(7, .2, 'better without', size=7, va='bottom')
+    ax.text(8.9, .2, 'these words help', size=7, ha='right', va='bottom')
+    bar = axes_at(fig, 7, .25, 1.9, .1)
+    bar.imshow(np.linspace(0, 1, 64)[None], cmap=_loss_gain, aspect='auto', extent=(most, -most, 0, 1))
+    bar.set(yticks=[], xticks=[most, 0, -most], xticklabels=[f'+{most:.0f}', '0', f'−{most:.0f}'])
+    bar.tick_params(labelsize=7, length=2, pad=1)
+    bar.grid(False)
+    for side in bar.spines.values(): side.set_visible(False)
+
+# %% ../../nbs/evidence/03_report.ipynb #3cff78f4
 @picture
 def words_figure(record:Record # a run
                 ) -> Picture: # the chosen prompt, its words coloured by what H loses without them
     "Word importance on the prompt itself."
-    placed = _flow(_groups(record), 8.6, 14); rows = record.result['word_importance']
-    lines, most = placed[-1][0] + 1, max([2.] + [abs(r['drop']) for r in rows if r['kind'] in ('word', 'phrase')])
-    rest = [l for t in _rest(record) for l in wrap_text(t, 8.6, 8.5)]
-    fig, ax = new_page(9.2, .9 + .72*lines + .2*len(rest))
+    boxes = _flow(_groups(record), 8.6, 14)
+    most = max([2., *(abs(r['drop']) for r in _single(record))])
+    rest = list(_rest_lines(record))
+    below = .72*(boxes[-1].line + 1)
+    fig, ax = new_page(9.2, .9 + below + .2*len(rest))
     ax.text(.3, .35, f"{record.result['dataset']}: change of H when words are left out", size=11, weight='bold')
-    for line, x, w, text, row, first in placed: _box(ax, .3+x, .6+.72*line, w, text, row, first, most)
-    y = .8 + .72*lines
-    for i, t in enumerate(rest): ax.text(.3, y+.2*i, t, size=8.5, color='#444444')
-    ax.text(7, .2, 'better without', size=7, va='bottom'); ax.text(8.9, .2, 'these words help', size=7, ha='right', va='bottom')
-    bar = axes_at(fig, 7, .25, 1.9, .1); bar.imshow(np.linspace(0, 1, 64)[None], cmap=_loss_gain, aspect='auto', extent=(most, -most, 0, 1))
-    bar.set(yticks=[], xticks=[most, 0, -most], xticklabels=[f'+{most:.0f}', '0', f'−{most:.0f}']); bar.tick_params(labelsize=7, length=2, pad=1); bar.grid(False)
-    for s in bar.spines.values(): s.set_visible(False)
+    for box in boxes: _draw_box(ax, .3 + box.x, .6 + .72*box.line, box, most)
+    for i, line in enumerate(rest): ax.text(.3, .8 + below + .2*i, line, size=8.5, color='#444444')
+    _scale(fig, ax, most)
     return fig
 
 # %% ../../nbs/evidence/03_report.ipynb #fc2cfb3d
+_RIVALS = {'default prompt': 'the default prompt', 'random control': 'the random control at the same budget'}
+
 def headline(record:Record # a run
-            ) -> list: # three sentences
+            ) -> list: # three sentences; fewer where a rival was not evaluated
     "The three most interesting numbers."
-    r, by = record.result, {m['name']: m for m in record.result['methods']}
-    ours, plain, control = r['methods'][0], by.get('default prompt'), by.get('random control')
-    mark = f'; {m}, not comparable with published figures' if (m := _mark(r['data'].get('split_source'))) else ''
-    out = [f"H is {_ci(ours['h'], ours['h_ci'])} with the chosen prompt (base {ours['base']:.1f}, novel {ours['novel']:.1f}{mark})."]
-    ps = {row['b']: row['p'] for row in r['paired'] if row['half'] == 'all'}
-    for m, what in ((plain, 'the default prompt'), (control, 'the random control at the same budget')):
-        if m: out.append(f"Against {what}: {ours['h']-m['h']:+.1f} points of H (from {m['h']:.1f}; paired test p = {ps.get(m['name'], 1.):.2g}).")
+    methods = {m['name']: m for m in record.result['methods']}
+    ours, ps, mark = record.result['methods'][0], _p_values(record), _run_mark(record)
+    split = f'; {mark}, not comparable with published figures' if mark else ''
+    halves = f"base {ours['base']:.1f}, novel {ours['novel']:.1f}{split}"
+    out = [f"H is {_ci(ours['h'], ours['h_ci'])} with the chosen prompt ({halves})."]
+    for name, words in _RIVALS.items():
+        if name not in methods: continue
+        h, p = methods[name]['h'], ps.get(name, 1.)
+        out.append(f"Against {words}: {ours['h']-h:+.1f} points of H (from {h:.1f}; paired test p = {p:.2g}).")
     return out
 
 # %% ../../nbs/evidence/03_report.ipynb #309f22ef
 def _pre(text): return f'<pre>{safe(text)}</pre>'
 
+def _sent(shown): # what the language model read in a step, and how that is called
+    form = shown.get('sent', 'message')
+    return form, 'The random control reads the memory itself, not a text.' if form == 'memory' else shown.get(form)
+
 def _meta_parts(record): # what the language model read, first and last
-    shown = record.result['shown']; parts = []
-    for s in shown[:1] + (shown[-1:] if len(shown) > 1 else []):
-        form = s.get('sent', 'message'); text = s.get(form) if form != 'memory' else 'The random control reads the memory itself, not a text.'
-        parts += [('p', f"Step {s['step']}, as sent (the {form}):"), ('pre', text or '(empty)')]
-    return parts
+    first, *more = record.result['shown'] or [None]
+    for shown in filter(None, (first, *more[-1:])):
+        form, text = _sent(shown)
+        yield 'p', f"Step {shown['step']}, as sent (the {form}):"
+        yield 'pre', text or '(empty)'
+
+# %% ../../nbs/evidence/03_report.ipynb #bc8b1456
+def _flat(nested, prefix=''): # rows of settings within settings
+    for k, v in nested.items():
+        if isinstance(v, dict):
+            yield from _flat(v, f'{prefix}{k}.')
+            continue
+        text = ', '.join(map(str, v)) if isinstance(v, list) else str(v)
+        yield dict(where=f'{prefix}{k}', value=text[:400])
 
 def _facts(record): # settings, data and manifest as one table
-    def flat(d, prefix=''):
-        for k, v in d.items():
-            if isinstance(v, dict): yield from flat(v, f'{prefix}{k}.')
-            else: yield dict(where=f'{prefix}{k}', value=(', '.join(map(str, v)) if isinstance(v, list) else str(v))[:400])
-    r = record.result; rows = [*flat(r['settings'], 'settings.'), *flat(r['data'], 'data.'), *flat(record.manifest, 'manifest.')]
-    return Table('facts', 'Settings, data and manifest', rows, ('value',))
+    sources = dict(settings=record.result['settings'], data=record.result['data'], manifest=record.manifest)
+    return Table('facts', 'Settings, data and manifest', list(_flat(sources)), ('value',))
 
 # %% ../../nbs/evidence/03_report.ipynb #61fa69d0
+def _table_parts(*tables): return [('table', t) for t in tables]
+
+def _figure(name, caption): return 'figure', (name, caption)
+
+def _answer(record): # the prompt, what it is worth, and whether to believe it
+    return [('h1', f"{record.result['dataset']}: an interpretable prompt"), ('p', 'The chosen prompt:'),
+            ('pre', record.result['chosen']['prompt']), ('list', headline(record)),
+            *_table_parts(summary_table(record), *_moved(record)),
+            _figure('comparison', 'Base, novel and H with 95 % intervals'),
+            ('h2', 'Should it be believed?'), *_table_parts(signatures_table(record), paired_table(record))]
+
+# %% ../../nbs/evidence/03_report.ipynb #fd5dde82
+def _search(record): # which words did the work, and how they were found
+    tables = search_table(record), answers_table(record), cost_table(record), *memory_tables(record)
+    return [('h2', 'Which words did the work?'), _figure('word_importance', 'Change of H when words are left out'),
+            *_table_parts(words_table(record)),
+            ('h2', 'How it was found'), _figure('trajectory', 'Few-shot accuracy and loss over the steps'),
+            *_table_parts(*tables), ('h2', 'What the language model read'), *_meta_parts(record)]
+
+def _sources(record): # images, descriptions and settings
+    told = [('h2', 'What the language model was told'), *_table_parts(descriptions_table(record))]
+    return [('h2', 'The images'), _figure('gallery', 'Few-shot images of the base classes'),
+            *(told if record.result.get('descriptions') else []),
+            ('h2', 'Settings, data, versions'), *_table_parts(_facts(record))]
+
 def parts(record:Record # a run
-         ) -> list: # (kind, content): 'h1', 'h2', 'p', 'code', 'list', 'pre' with text, 'table' with a `Table`, 'figure' with (name, caption)
+         ) -> list: # (kind, content): h1, h2, p, pre with text; list of sentences; table; figure with (name, caption)
     "What the report says, in order."
-    r = record.result; fig = lambda name, caption: ('figure', (name, caption))
-    described = [('h2', 'What the language model was told'), ('table', descriptions_table(record))] if r.get('descriptions') else []
-    return [('h1', f"{r['dataset']}: an interpretable prompt"), ('p', 'The chosen prompt:'), ('pre', r['chosen']['prompt']), ('list', headline(record)),
-        ('table', summary_table(record)), *[('table', t) for t in _moved(record)], fig('comparison', 'Base, novel and H with 95 % intervals'),
-        ('h2', 'Should it be believed?'), ('table', signatures_table(record)), ('table', paired_table(record)),
-        ('h2', 'Which words did the work?'), fig('word_importance', 'Change of H when words are left out'), ('table', words_table(record)),
-        ('h2', 'How it was found'), fig('trajectory', 'Few-shot accuracy and loss over the steps'), ('table', search_table(record)), ('table', answers_table(record)), ('table', cost_table(record)),
-        *[('table', t) for t in memory_tables(record)], ('h2', 'What the language model read'), *_meta_parts(record),
-        ('h2', 'The images'), fig('gallery', 'Few-shot images of the base classes'), *described, ('h2', 'Settings, data, versions'), ('table', _facts(record))]
+    return _answer(record) + _search(record) + _sources(record)
 
 # %% ../../nbs/evidence/03_report.ipynb #da2039ef
+def _png(record, name): return record.path/'figures'/f'{name}.png'
+
+def _bullets(sentences): return '\n'.join(f'- {safe(s)}' for s in sentences)
+
 def _markdown(kind, c, record): # one part as Markdown
     if kind in ('h1', 'h2'): return '#'*int(kind[1]) + ' ' + safe(c)
-    if kind == 'list': return '\n'.join(f'- {safe(x)}' for x in c)
+    if kind == 'list': return _bullets(c)
     if kind == 'table': return f'**{safe(c.title)}**\n\n{c.markdown()}'
-    if kind == 'figure': return f'![{safe(c[1])}](figures/{c[0]}.png)' if (record.path/'figures'/f'{c[0]}.png').exists() else ''
+    if kind == 'figure': return f'![{safe(c[1])}](figures/{c[0]}.png)' if _png(record, c[0]).exists() else ''
     return _pre(c) if kind == 'pre' else safe(c)
+
+# %% ../../nbs/evidence/03_report.ipynb #fd628a66
+def _img(record, name, caption): # a figure inside the page; nothing where it was not drawn
+    path = _png(record, name)
+    if not path.exists(): return ''
+    return f'<img alt="{safe(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+
+def _html_table(table): # under its title
+    if not table.rows: return f'<p>{safe(table.title)}: none.</p>'
+    return f'<h3>{safe(table.title)}</h3>\n<div class="wide">{table.html()}</div>'
 
 def _html(kind, c, record): # one part as HTML, figures inside
     if kind == 'list': return '<ul>' + ''.join(f'<li>{safe(x)}</li>' for x in c) + '</ul>'
-    if kind == 'table': return f'<h3>{safe(c.title)}</h3>\n<div class="wide">{c.html()}</div>' if c.rows else f'<p>{safe(c.title)}: none.</p>'
-    if kind == 'pre': return _pre(c)
-    if kind != 'figure': return f'<{kind}>{safe(c)}</{kind}>'
-    path = record.path/'figures'/f'{c[0]}.png'
-    return f'<img alt="{safe(c[1])}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">' if path.exists() else ''
+    if kind == 'table': return _html_table(c)
+    if kind == 'figure': return _img(record, *c)
+    return _pre(c) if kind == 'pre' else f'<{kind}>{safe(c)}</{kind}>'
+
+# %% ../../nbs/evidence/03_report.ipynb #b94d4014
+_CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}\
+img{max-width:100%;margin:1rem 0}
+h1,h2,h3{line-height:1.2}\
+h2{margin-top:3rem;border-bottom:1px solid #ddd}\
+h3{font-size:1rem;margin-top:2rem}\
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.85rem}\
+th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid #e5e5e5}
+pre{background:#f6f6f6;padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere}\
+code{background:#f6f6f6;white-space:pre-wrap}"""
+_HEAD = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+
+# %% ../../nbs/evidence/03_report.ipynb #e18c5fa0
+def report_markdown(record:Record # a run
+                   ) -> str: # text of report.md
+    "The report with links to its figures."
+    return '\n\n'.join(filter(None, (_markdown(k, c, record) for k, c in parts(record)))) + '\n'
+
+def report_html(record:Record # a run
+               ) -> str: # text of report.html
+    "The report as one file."
+    body = '\n'.join(_html(k, c, record) for k, c in parts(record))
+    head = f"<head>{_HEAD}<title>{escape(record.result['dataset'])}</title><style>{_CSS}</style></head>"
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
 
 def meta_prompt_html(record:Record # a run
                     ) -> str: # escaped HTML
     "The meta-prompt of the first and the last step, as it was sent."
     return '\n'.join(_html(kind, text, record) for kind, text in _meta_parts(record))
-
-# %% ../../nbs/evidence/03_report.ipynb #b94d4014
-_css = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%;margin:1rem 0}
-h1,h2,h3{line-height:1.2}h2{margin-top:3rem;border-bottom:1px solid #ddd}h3{font-size:1rem;margin-top:2rem}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.85rem}th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid #e5e5e5}
-pre{background:#f6f6f6;padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere}code{background:#f6f6f6;white-space:pre-wrap}"""
-
-def report_markdown(record:Record) -> str: # text of report.md
-    "The report with links to its figures."
-    return '\n\n'.join(filter(None, (_markdown(k, c, record) for k, c in parts(record)))) + '\n'
-
-def report_html(record:Record) -> str: # text of report.html
-    "The report as one file."
-    body = '\n'.join(_html(k, c, record) for k, c in parts(record))
-    title = escape(record.result['dataset'])
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_css}</style></head>\n<body>\n{body}\n</body></html>\n'
 
 # %% ../../nbs/evidence/03_report.ipynb #8ed36c51
 def figures(record:Record,   # a run
@@ -351,28 +591,33 @@ def figures(record:Record,   # a run
            ) -> dict: # name -> `Picture`
     "Every figure of a run; the gallery only where images are handed in."
     made = dict(gallery=gallery(record, images)) if images else {}
-    return made | dict(trajectory=trajectory(record), comparison=comparison(record), word_importance=words_figure(record))
+    made |= dict(trajectory=trajectory(record), comparison=comparison(record))
+    return made | dict(word_importance=words_figure(record))
 
-def tables(record:Record) -> list: # every `Table` of a run
+def tables(record:Record # a run
+          ) -> list: # every `Table` of it but that of the targets
     "The tables that are written to files."
-    return [summary_table(record), scores_table(record), paired_table(record), words_table(record), search_table(record), answers_table(record), cost_table(record), *memory_tables(record),
-            descriptions_table(record), signatures_table(record), candidates_table(record), _facts(record)]
+    judged = [summary_table(record), scores_table(record), paired_table(record), words_table(record)]
+    found = [search_table(record), answers_table(record), cost_table(record), *memory_tables(record)]
+    rest = [descriptions_table(record), signatures_table(record), candidates_table(record), _facts(record)]
+    return judged + found + rest
 
+# %% ../../nbs/evidence/03_report.ipynb #e5ec0acd
 def write_report(record:Record,    # a run
                  images:list=None  # few-shot images (PIL) in the order of the record
                 ) -> Path: # report.html
     "Write figures/, tables/, report.md and report.html into the folder of the run."
-    for name, fig in figures(record, images).items():
-        for kind in ('png', 'pdf'): write_text(record.path/'figures'/f'{name}.{kind}', fig.data(kind))
-    for t in tables(record) + _moved(record):
-        write_text(record.path/'tables'/f'{t.name}.md', f'{t.markdown()}\n'); write_text(record.path/'tables'/f'{t.name}.csv', t.csv())
+    for name, fig in figures(record, images).items(): fig.write(record.path, name)
+    for table in tables(record) + _moved(record): table.write(record.path, ('md', 'csv'))
     write_text(record.path/'report.md', report_markdown(record))
     return write_text(record.path/'report.html', report_html(record))
 
 # %% ../../nbs/evidence/03_report.ipynb #f2362097
 @patch
 def _repr_markdown_(self:Record):
-    found = [s['sentence'] for s in self.result['signatures'] if s['found']]
-    warn = '\n'.join(f'- {safe(s)}' for s in found) or '- none of the paper\'s failure signatures was found'
-    lines = '\n'.join(f'- {safe(x)}' for x in headline(self))
-    return f"**{safe(self.result['dataset'])}** <code>{safe(self.result['chosen']['prompt'])}</code>\n\n{lines}\n\n{summary_table(self).markdown()}\n\nTo be careful about:\n\n{warn}"
+    result = self.result
+    found = [s['sentence'] for s in result['signatures'] if s['found']]
+    careful = _bullets(found) or "- none of the paper's failure signatures was found"
+    title = f"**{safe(result['dataset'])}** <code>{safe(result['chosen']['prompt'])}</code>"
+    shown = title, _bullets(headline(self)), summary_table(self).markdown(), 'To be careful about:', careful
+    return '\n\n'.join(shown)
