@@ -7,12 +7,12 @@ __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'ROLES', 'Count', 'Posit
            'RUN_FORMAT', 'BASE', 'IpoError', 'nearest', 'first_error', 'fill', 'Score', 'Scored', 'named_classes',
            'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'sha', 'file_sha', 'seed_for', 'setting',
            'Limits', 'Ablations', 'RunConfig', 'fields_for', 'defaults_for', 'part_of_config', 'make_config',
-           'known_settings', 'run_name', 'run_id', 'old_run_name', 'run_folder', 'write_text', 'write_json',
-           'read_jsonl', 'append_jsonl', 'pack_jsonl', 'project_dir', 'cards_dir', 'models_dir', 'cache_dir',
-           'progress']
+           'known_settings', 'run_name', 'run_id', 'damaged', 'sweep_file', 'open_sweep', 'record_path', 'read_stored',
+           'runs_in', 'old_run_name', 'run_folder', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl',
+           'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #59d5e7e6
-import errno, gzip, hashlib, json, os, re, zlib
+import errno, gzip, hashlib, json, os, re, struct, zipfile, zlib
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -346,6 +346,62 @@ def run_id(config:RunConfig, # validated and with nothing left open
     "The name of a run: a hash of what defines its result, as far as it differs from `BASE`."
     return run_name(config.model_dump(exclude=ELSEWHERE), data_sha)
 
+# %% ../nbs/00_core.ipynb #87e4d9dd
+_UNREADABLE = OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error
+
+def damaged(path,            # a file of a record
+            what='is damaged'# in words
+           ) -> IpoError:    # to be raised
+    "What is said wherever a record cannot be read."
+    return IpoError(f"{path} {what}: restore it, or delete this run's folder and run its command again.")
+
+def sweep_file(out_dir # folder of records
+              ) -> Path: # <out_dir>.zip; it need not exist
+    "The file that a folder of records is packed into; of such a file, itself."
+    out_dir = Path(out_dir)
+    return out_dir if out_dir.suffix == '.zip' else out_dir.parent/f'{out_dir.name}.zip'
+
+def open_sweep(file # as of `sweep_file`
+              ) -> zipfile.Path: # reads like a folder
+    "A packed folder of records. Raises `IpoError` where the file is damaged."
+    try: return zipfile.Path(file)
+    except _UNREADABLE as e: raise damaged(file) from e
+
+def record_path(folder # <out_dir>/<dataset>/<name>
+               ) -> Path|zipfile.Path: # where it lies; it need not exist
+    "The folder of a record, plain or in the zip of its sweep. Raises `IpoError` where that file is damaged."
+    if isinstance(folder, zipfile.Path): return folder
+    folder = Path(folder)
+    file = sweep_file(folder.parent.parent)
+    if (folder/'result.json').exists() or not file.is_file(): return folder
+    packed = open_sweep(file)/folder.parent.name/folder.name
+    return packed if packed.exists() else folder
+
+def read_stored(path # a `Path` or `zipfile.Path`; what ends in .gz is decompressed
+               ) -> bytes: # its content
+    "A file of a record. Raises `FileNotFoundError`, and `IpoError` where it is damaged."
+    try: return gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+    except FileNotFoundError: raise
+    except _UNREADABLE as e: raise damaged(path) from e
+
+# %% ../nbs/00_core.ipynb #fd8eb673
+def _packed(file):
+    sweep = open_sweep(file)
+    folders = {name.rpartition('/')[0] for name in sweep.root.namelist() if name.count('/') == 2}
+    return {file.with_suffix('')/folder: sweep/folder for folder in folders}
+
+def runs_in(out_dir,   # folder of records, plain, packed or both
+            deep=False # also those of folders below it
+           ) -> dict:  # address of each run, finished or not -> where it lies; in the order of the addresses
+    "All runs of a folder. Raises `IpoError` where a packed one is damaged."
+    out_dir, out = Path(out_dir).resolve(), {}
+    for file in [sweep_file(out_dir), *(out_dir.rglob('*.zip') if deep else [])]:
+        if file.is_file(): out |= _packed(file)
+    for name in ('config.json', 'result.json'):
+        for file in out_dir.glob(('**/' if deep else '*/*/') + name):
+            if file.parent not in out or name == 'result.json': out[file.parent] = file.parent
+    return dict(sorted(out.items()))
+
 # %% ../nbs/00_core.ipynb #d3e2f580
 _ELSEWHERE_1 = {'data_root', 'few_shot_index', 'out_dir', 'device', 'timeout', 'peers'} # of format 1, for ever
 
@@ -358,18 +414,19 @@ def old_run_name(settings:dict, # of result.json or config.json, as they were wr
 def _is_run(folder, name, data_sha):
     "Is this a folder of format 1 that holds the run of that name?"
     try:
-        settings = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+        settings = json.loads(read_stored(folder/'config.json'))
         return folder.name == old_run_name(settings, data_sha) and run_name(settings, data_sha) == name
     except (OSError, ValueError, AttributeError, IpoError): return False
 
 def run_folder(config:RunConfig, # validated and with nothing left open
                data_sha:str      # as in `run_name`
-              ) -> Path: # <out_dir>/<dataset>/<name>; it need not exist
+              ) -> Path|zipfile.Path: # <out_dir>/<dataset>/<name>, as of `record_path`; it need not exist
     "Where a run lies: under its name, or under the one of format 1 where it was made then."
     home, name = Path(config.out_dir)/config.dataset, run_id(config, data_sha)
-    if (home/name).exists(): return home/name
-    earlier = sorted(p.parent for p in home.glob('*/config.json'))
-    return next((f for f in earlier if _is_run(f, name, data_sha)), home/name)
+    here = record_path(home/name)
+    if here.exists(): return here
+    earlier = [path for address, path in runs_in(config.out_dir).items() if address.parent.name == config.dataset]
+    return next((path for path in earlier if _is_run(path, name, data_sha)), home/name)
 
 # %% ../nbs/00_core.ipynb #d031b30f
 _REFUSED = {errno.ENOSPC: 'the disk is full: free some space',
@@ -414,20 +471,18 @@ def write_json(path, # file to write
 
 # %% ../nbs/00_core.ipynb #116d4cfd
 def _journal(path):
-    "The bytes of a journal; a finished one may be packed, as history.jsonl.gz."
-    path = Path(path)
-    packed = path if path.suffix == '.gz' else path.with_name(path.name + '.gz')
-    if path != packed and path.exists(): return path.read_bytes()
-    if not packed.exists(): return b''
-    try: return gzip.decompress(packed.read_bytes())
-    except (OSError, EOFError, zlib.error) as e:
-        raise IpoError(f"{packed} is damaged: restore it, or delete this run's folder and run it again.") from e
+    "The bytes of a journal; an older one may be packed, as history.jsonl.gz."
+    if not isinstance(path, zipfile.Path): path = Path(path)
+    folders = path.parent, record_path(path.parent)
+    places = [folder/name for folder in folders for name in (path.name, f'{path.name}.gz')]
+    found = next((p for p in places if p.exists()), None)
+    return read_stored(found) if found else b''
 
 _GOES_ON = 'delete that line and those after it, and the run goes on from there.'
 
 def read_jsonl(path # a journal
               ) -> list: # one object a line; a last line that was cut off is left out
-    "Read a journal, packed or not. Raises `IpoError` where a line before the last one is damaged."
+    "Read a journal, plain or packed. Raises `IpoError` where a line before the last one is damaged."
     finished = _journal(path).split(b'\n')[:-1] # what follows the last newline was never finished
     out = []
     for i, line in enumerate(finished, 1):
@@ -459,14 +514,6 @@ def append_jsonl(path, # a journal
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+b') as f: _append(f, line)
     except OSError as e: raise _disk_error(e, path) from e
-
-# %% ../nbs/00_core.ipynb #70ac0002
-def pack_jsonl(path # a journal; becomes path.gz
-              ) -> None:
-    "Compress a finished journal."
-    path = Path(path)
-    write_text(path.with_name(path.name + '.gz'), gzip.compress(path.read_bytes(), mtime=0))
-    path.unlink()
 
 # %% ../nbs/00_core.ipynb #1a192b37
 _package = Path(__file__).parent if '__file__' in globals() else Path.cwd().parent/'ipo_nb'

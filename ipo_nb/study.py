@@ -91,7 +91,7 @@ def resolve(params:dict # what the user gave
         params[role], why = choose()
         notes.append(f'{role} was left open: {params[role]} ({why})')
     config = make_config(**params)
-    device, precision = scorer._place(config.device, config.precision)
+    device, precision = scorer.placement(config.device, config.precision)
     return config.model_copy(update=dict(device=device, precision=precision)), notes
 
 # %% ../nbs/11_study.ipynb #b1b33c46
@@ -618,6 +618,7 @@ def finish(self:Study) -> records.Record: # the finished record
         write_json(self.folder/'manifest.json', self.manifest())
         write_json(self.folder/'result.json', result) # from here on the study is finished
         self.lock.release()
+    self.folder = records.unpack(self.folder) # its report is drawn beside it
     record = records.load_record(self.folder)
     if not (self.folder/'report.html').exists(): report.write_report(record, self.images())
     return record

@@ -280,7 +280,7 @@ def look_all(runs:list,      # parameters of each run
     "Find all records. Raises `IpoError` where two runs would write into one folder."
     out, seen = [look(i, p, from_afar) for i, p in enumerate(runs, 1)], {}
     for r in out:
-        first = seen.setdefault(r.folder, r) if r.folder else r
+        first = seen.setdefault(str(r.folder), r) if r.folder else r
         if first is r: continue
         label = f'of the sweep are one and the same ({_label(r.params, varying(runs))})'
         raise IpoError(_same(first.number, r.number, label))
@@ -303,9 +303,8 @@ def _pace_of(folder):
 def paces(out_dirs # folders of records
          ) -> dict: # optimizer -> seconds a step, one number a finished record
     "What finished runs have taken."
-    out, folders = {}, set()
-    for d in out_dirs: folders |= {f.parent for f in Path(d).glob('*/*/result.json')}
-    for pace in filter(None, map(_pace_of, sorted(folders))): out.setdefault(pace[0], []).append(pace[1])
+    out, folders = {}, [f for d in sorted(out_dirs) for f in records.records_in(d)]
+    for pace in filter(None, map(_pace_of, folders)): out.setdefault(pace[0], []).append(pace[1])
     return out
 
 # %% ../nbs/12_sweep.ipynb #a1ea3f7c
@@ -564,16 +563,22 @@ def run_on_ray(runs:list,      # of `Run`
     in_threads(todo, work, max(1, len(todo)))
 
 # %% ../nbs/12_sweep.ipynb #d4849493
+def _pack(runs): # the out_dirs that hold finished runs
+    for out_dir in {r.config.out_dir for r in runs if r.state in ('finished', 'done')}: records.pack_sweep(out_dir)
+
+_NO_OUT_DIR = "--pack needs a folder of the sweep's own: give out_dir in its base, or -p out_dir FOLDER."
+
 def do_sweep(path,       # a YAML file, or a name in nbs/sweeps
              over:dict,  # parameters of all runs, over the file's base
              workers:int=1, threads:int=0, # runs side by side, and threads of each; 0: an equal share of the cores
              ray:str|None=None, # address of a cluster
              plan=False, # only say what would be done
-             pack=False  # at the end make finished records small
+             pack=False  # at the end put finished records into one file
             ) -> bool: # did nothing fail?
     "Plan, run, tell. Raises `IpoError` where the sweep or the cluster cannot be had."
     if workers < 1 or threads < 0: raise IpoError('--workers must be 1 or more, and --threads may not be negative.')
     spec, params = load_sweep(path, **over)
+    if pack and not all('out_dir' in p for p in params): raise IpoError(_NO_OUT_DIR)
     runs = look_all(params, from_afar=bool(ray))
     print(plan_text(spec, runs, workers), flush=True)
     if plan: return not any(r.state == 'failed' and not r.ahead for r in runs)
@@ -581,8 +586,7 @@ def do_sweep(path,       # a YAML file, or a name in nbs/sweeps
         if ray: run_on_ray(runs, ray, threads or 1)
         else: run_local(runs, workers, threads)
         print('\n' + results_text(runs))
-    for r in runs:
-        if pack and r.state in ('finished', 'done'): records.pack(r.folder)
+    if pack: _pack(runs)
     return not any(r.state == 'failed' for r in runs)
 
 # %% ../nbs/12_sweep.ipynb #50d782c1
@@ -597,7 +601,7 @@ class Address(Param):
 def main(spec:str,           # a YAML file, or the name of one in nbs/sweeps
          p:study.Pairs("a parameter of all runs, over the file's base; `ipo_run --help` lists them all")=None,
          plan:bool=False,    # say what would be done, and do nothing
-         pack:bool=False,    # at the end make finished records small enough for git
+         pack:bool=False,    # at the end put finished records into one file, OUT_DIR.zip, without reports and figures
          ray:Address("run on a Ray cluster: its address, or 'auto'; without an address on this machine")=None,
          workers:int=1,      # runs side by side on this machine
          threads:int=0       # threads of each run; 0: an equal share of the cores, with --ray 1

@@ -1,5 +1,6 @@
-"A record's name lasts: configurations grow, and every committed record is found again by its settings."
-import json
+"A record's name lasts, and so does its address when its sweep is packed: each committed record is found and read."
+import random
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,16 @@ from ipo_nb.core import (
     write_json,
 )
 from ipo_nb.data import Settings
+from ipo_nb.evidence.records import (
+    Record,
+    load_record,
+    load_records,
+    made_up_run,
+    pack_sweep,
+    read_records,
+    records_in,
+    unpack,
+)
 
 FIRST_FIELDS = """transfer patience max_calls max_tokens max_seconds max_cost price_in price_out remote_code control
 every_prompt feedback extremes max_words step_images holdout dataset split clip shots seed steps candidates memory llm
@@ -41,15 +52,15 @@ class Slower(RunConfig):
 
 
 @cache
+def committed():
+    "Every committed record, read from its folder or its packed sweep."
+    return [load_record(path) for path in records_in(cards_dir()/'records', deep=True)]
+
+
+@cache
 def searches():
-    "Each committed search: its folder, result and configuration."
-    out = []
-    for path in sorted((cards_dir()/'records').rglob('result.json')):
-        result = json.loads(path.read_text(encoding='utf-8'))
-        if 'methods' not in result: continue # a peer
-        config = json.loads((path.parent/'config.json').read_text(encoding='utf-8'))
-        out.append((path.parent, result, config))
-    return out
+    "Each committed search: its path, result and configuration."
+    return [(r.path, r.result, r.config) for r in committed() if isinstance(r, Record)]
 
 
 def data_sha(result): return sha(result['data']['split_sha'], result['data']['few_shot_sha'])
@@ -77,11 +88,14 @@ def test_committed_searches_keep_their_names():
     assert names() == ids(RunConfig) # the settings of a result name it as its configuration does
 
 
-def test_names_of_format_1_follow_from_the_settings():
+def test_committed_searches_lie_under_their_names():
     for folder, result, config in searches():
-        old = old_run_name(result['settings'], data_sha(result))
-        assert old == old_run_name(config, data_sha(result)), folder
-        assert folder.name in (old, run_name(result['settings'], data_sha(result))), folder
+        assert folder.name == run_name(result['settings'], data_sha(result)), folder
+
+
+def test_names_of_format_1_follow_from_result_and_configuration_alike():
+    for folder, result, config in searches():
+        assert old_run_name(result['settings'], data_sha(result)) == old_run_name(config, data_sha(result)), folder
 
 
 def test_a_new_field_with_a_default_renames_no_record(monkeypatch):
@@ -134,8 +148,92 @@ def test_a_setting_of_a_newer_version_is_refused_with_the_mend():
 
 def test_every_committed_search_is_found_where_it_lies():
     for folder, result, config in searches():
-        mine = RunConfig(**config | dict(out_dir=str(folder.parents[1])))
-        assert run_folder(mine, data_sha(result)) == folder
+        out_dir = str(folder.parent.parent).removesuffix('.zip')
+        assert str(run_folder(RunConfig(**config | dict(out_dir=out_dir)), data_sha(result))) == str(folder)
+
+
+def test_the_records_of_the_repository_are_few_and_small():
+    files = [f for f in (cards_dir()/'records').rglob('*') if f.is_file()]
+    assert len(files) <= 300
+    assert sum(f.stat().st_size for f in files) <= 20e6
+    assert len(committed()) == 524 and len(searches()) == 176
+
+
+def test_committed_zips_are_whole_and_without_dates():
+    for file in (cards_dir()/'records').glob('*.zip'):
+        with zipfile.ZipFile(file) as z:
+            assert z.testzip() is None
+            assert {i.date_time for i in z.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+            assert z.namelist() == sorted(z.namelist())
+            assert {Path(name).suffix for name in z.namelist()} <= {'.json', '.jsonl'}
+
+
+def sweep_of(tmp_path, seeds=(1, 2)):
+    for seed in seeds: made_up_run(tmp_path/'sweep'/'made_up'/f'{seed:012}', seed=seed)
+    return tmp_path/'sweep'
+
+
+def test_equal_records_are_packed_to_equal_bytes(tmp_path):
+    files = [pack_sweep(sweep_of(tmp_path/name)) for name in 'ab']
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [p.name for p in (tmp_path/'a').iterdir()] == ['sweep.zip']
+
+
+def test_what_is_unfinished_or_no_record_stays_beside_the_zip(tmp_path):
+    home = sweep_of(tmp_path)
+    (home/'made_up'/f'{2:012}'/'result.json').unlink()
+    write_json(home/'tables'/'peers.json', {})
+    pack_sweep(home)
+    assert sorted(p.name for p in home.iterdir()) == ['made_up', 'tables']
+    shelf = read_records(home)
+    assert [r.path.name for r in shelf.runs] == [f'{1:012}']
+    assert shelf.notes == [f'made_up/{2:012} is unfinished and left out: the same command goes on with it.']
+
+
+def test_a_damaged_record_is_not_packed_and_nothing_is_lost(tmp_path):
+    home = sweep_of(tmp_path)
+    (home/'made_up'/f'{2:012}'/'result.json').write_text('{')
+    with pytest.raises(IpoError, match='is not JSON any more'): pack_sweep(home)
+    assert not home.with_suffix('.zip').exists() and (home/'made_up'/f'{1:012}'/'history.jsonl').exists()
+
+
+def test_a_run_of_a_packed_sweep_is_found_by_its_configuration(tmp_path):
+    config = make_config(dataset='dtd', out_dir=str(tmp_path/'sweep'), steps=7)
+    for name in (old_run_name(config.model_dump(exclude={'out_dir'}), 'x'), run_id(config, 'x')): # old first
+        folder = tmp_path/'sweep'/'dtd'/name
+        made_up_run(folder)
+        write_json(folder/'config.json', config.model_dump(exclude={'out_dir'}))
+        pack_sweep(tmp_path/'sweep')
+        assert str(run_folder(config, 'x')) == str(tmp_path/'sweep.zip'/'dtd'/name) + '/'
+        assert run_folder(config, 'y') == tmp_path/'sweep'/'dtd'/run_id(config, 'y')
+    assert unpack(run_folder(config, 'x')) == folder == run_folder(config, 'x')
+
+
+def test_a_damaged_zip_is_refused_in_one_sentence(tmp_path):
+    home = sweep_of(tmp_path, seeds=[1])
+    file = pack_sweep(home)
+    whole, draw = file.read_bytes(), random.Random(0)
+    for _ in range(200):
+        at = draw.randrange(len(whole))
+        file.write_bytes(draw.choice([whole[:at], whole[:at] + b'?'*40 + whole[at + 40:]]))
+        try: shelf = read_records(home)
+        except IpoError as e:
+            assert 'restore it' in str(e) and '\n' not in str(e)
+            continue
+        assert not shelf.runs or len(shelf.runs[0].history) == 5 # what is read is whole
+    file.write_bytes(whole[:1000])
+    with pytest.raises(IpoError, match=r'sweep.zip is damaged: restore it'): load_records(home)
+    with pytest.raises(IpoError, match=r'sweep.zip is damaged: restore it'):
+        run_folder(make_config(dataset='dtd', out_dir=str(home)), 'x')
+
+
+def test_a_packed_run_counts_as_finished():
+    from ipo_nb import sweep
+    _, params = sweep.load_sweep('transfer')
+    runs = sweep.look_all(params)
+    assert [r.state for r in runs] == ['finished']*3
+    assert not Path(runs[0].config.out_dir).exists() # nothing was unpacked
+    assert sweep.paces([runs[0].config.out_dir])['smollm2']
 
 
 def old_folder(config, data):
@@ -160,7 +258,7 @@ def test_a_run_of_format_1_is_found_under_its_old_name(tmp_path, monkeypatch):
     assert run_folder(config, 'x') == new # today's name goes first
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{"steps": 7', '{"mirrored": true}', '{}'])
+@pytest.mark.parametrize('text', ['', '[]', '{"steps": 7', '{"mirrored": true}', '{}', 'null'])
 def test_a_damaged_neighbour_hinders_no_run(tmp_path, text):
     config = make_config(dataset='dtd', out_dir=str(tmp_path))
     beside = tmp_path/'dtd'/'0123456789ab'

@@ -220,8 +220,9 @@ def test_interrupted_killed_without_memory_and_in_the_end_whole(tmp_path, sweeps
 
     loose = records.load_record(run.folder)
     assert (run.folder/'report.html').exists()
-    assert ipo_sweep(path, '--pack') == 0
-    assert not [f for f in run.folder.iterdir() if f.suffix in ('.jsonl', '.html')]
+    assert ipo_sweep(path, '--pack') == 0 and not run.folder.exists()
+    assert sweep.look(1, run.params).state == 'finished'
+    assert ipo_sweep(path, '--pack') == 0 and not run.folder.exists()
     tight = records.load_record(run.folder)
     assert (tight.result, tight.history, tight.control) == (loose.result, loose.history, loose.control)
     assert study.run(run.params) == 0 and (run.folder/'report.html').exists() # drawn again

@@ -150,7 +150,7 @@ def _beside(row, method, seconds): # the answer of a method that a search evalua
                       seconds=seconds.get('control', 0) if searched else 0, evaluation=method)
 
 def answers(run:Record # a search
-           ) -> list: # dictionaries like those of `load_peer_record`, with `run`
+           ) -> list: # dictionaries like a peer's of `load_record`, with `run`
     "What a search says about each of its methods."
     rows = search_records(run)
     known = {r['method'] for r in rows}
@@ -176,7 +176,7 @@ def _once(rows): # one answer for each dataset and seed
 @dataclass(frozen=True)
 class Cell:
     "The answers of one method under one setting."
-    answers:tuple # of `answers` or `load_peer_record`
+    answers:tuple # of `answers`, or a peer's of `load_record`
 
     @cached_property
     def bits(self): # dataset -> half -> [seeds, images]

@@ -25,7 +25,7 @@ from ..core import *
 from ..data import card_names, load_card
 from ..stats import harmonic_mean
 from ..miniworld import COLOURS as INKS, GENERATOR, PX, SS, TEXTURES, THINGS, Canvas, Frame, Rnd, class_names, wave
-from ..evidence.records import load_record, search_name
+from ..evidence.records import load_record, records_in, search_name
 from ..evidence.show import Picture, Table, picture, safe
 from ..scorer import Clip, load_clip, text_features
 
@@ -353,7 +353,8 @@ def run_prompts(folders # folders of finished runs
 def recorded_runs(dataset:str # a dataset's name
                  ) -> list: # folders below data_cards/records
     "The committed runs of `ipo_sweep peers` with one shot, a seed each."
-    runs = [load_record(p.parent) for p in (cards_dir()/'records'/'peers'/dataset).glob('*/peers.json')]
+    here = [p for p in records_in(cards_dir()/'records'/'peers') if p.parent.name == dataset]
+    runs = [load_record(p) for p in here if (p/'peers.json').exists()]
     found = [r for r in runs if r.result['settings']['shots'] == 1 and search_name(r.result['settings']) == 'ipo']
     return [r.path for r in sorted(found, key=lambda r: r.result['settings']['seed'])]
 

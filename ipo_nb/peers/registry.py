@@ -170,7 +170,7 @@ def _data(task, facts): # classes, counts, and what is known besides
 
 # %% ../../nbs/peers/08_registry.ipynb #9798a149
 def _result(name, dataset, peer, settings, task, facts, cost): # result.json
-    said = dict(format=PEER_FORMAT, dataset=dataset, method=name, title=peer.title, kind=peer.kind, source=peer.source,
+    said = dict(format=FORMAT, dataset=dataset, method=name, title=peer.title, kind=peer.kind, source=peer.source,
                 settings=_settings(peer, settings, task, facts), data=_data(task, facts), cost=cost)
     evaluation = _evaluate(peer, task).to_dict()
     return said | dict(evaluation=evaluation, texts=_texts(peer), note=getattr(peer, 'note', '')) | peer.explain(task)
@@ -193,7 +193,7 @@ def run_peer(name:str,   # a key of `PEERS`
              facts:dict=None, # of the data: split_sha, split_source; search: settings of the run behind `task.scored`
              spent:dict=None, # by the search behind `task.scored`: calls, tokens_in, tokens_out, images, seconds
              **settings  # that differ from the paper's
-            ) -> dict:   # as `load_peer_record`
+            ) -> dict:   # as `load_record`
     "Learn, judge, and write `out_dir/dataset/name-ID/`; go on where a run was cut off. Raises `IpoError`."
     check_task(task)
     peer, entry = peer_class(name)(), PEERS[name]
@@ -201,11 +201,11 @@ def run_peer(name:str,   # a key of `PEERS`
     settings = peer.settings(task.shots, **entry.settings | settings)
     config = identity(peer, settings, task)
     folder = Path(out_dir)/dataset/f'{name}-{sha(config)[:12]}'
-    if (folder/'result.json').exists(): return load_peer_record(folder)
-    with _claimed(folder):
-        write_json(folder/'config.json', config)
-        _run(name, peer, settings, replace(task, folder=folder), dataset, facts or {}, spent or {})
-    return load_peer_record(folder)
+    if not (record_path(folder)/'result.json').exists(): # nor in a packed sweep
+        with _claimed(folder):
+            write_json(folder/'config.json', config)
+            _run(name, peer, settings, replace(task, folder=folder), dataset, facts or {}, spent or {})
+    return load_record(folder)
 
 # %% ../../nbs/peers/08_registry.ipynb #f4889453
 def _claimed(folder): # a lock of the folder
