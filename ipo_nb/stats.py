@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'accuracy', 'harmonic_mean', 'rounded', 'resample_law', 'interval', 'law_interval_h', 'interval_h',
            'paired_test', 'pack_bits', 'unpack_bits', 'intervals', 'spread', 'harmonic_means', 'mean_law',
            'law_interval', 'p_over_seeds', 'told_apart', 'signed_ranks', 'rank_correlation', 'random_numbers',
-           'paired_difference']
+           'resample_counts', 'drawn_interval', 'paired_difference']
 
 # %% ../nbs/07a_stats.ipynb #bfe56bf9
 import numpy as np
@@ -14,11 +14,13 @@ from scipy.stats import binomtest, spearmanr, ttest_1samp, wilcoxon
 from .core import IpoError
 
 # %% ../nbs/07a_stats.ipynb #6a762622
+_NO_IMAGES = "there are no test images to take an accuracy over: check the split and the class halves."
+
 def accuracy(correct # [N] truth values, one an image
             ) -> float: # 0-100, 4 decimals
     "Share of right predictions. Raises `IpoError` where there are no images."
     correct = np.asarray(correct, dtype=bool)
-    if not correct.size: raise IpoError("there are no test images to take an accuracy over: check the split and the class halves.")
+    if not correct.size: raise IpoError(_NO_IMAGES)
     return round(100*float(correct.mean()), 4)
 
 # %% ../nbs/07a_stats.ipynb #a398200d
@@ -35,15 +37,18 @@ def rounded(x:float, # a number of the order of 100
     "Round in two steps, so that the last bit of a sum does not decide how a tie is rounded."
     return round(round(float(x), 9), digits)
 
+
+# %% ../nbs/07a_stats.ipynb #5bf57150
 def _answers(correct): # [S, N] truth values; one row where there is one seed
     bits = np.atleast_2d(np.asarray(correct, dtype=bool))
-    if not bits.size: raise IpoError("there are no test images to take an accuracy over: check the split and the class halves.")
+    if not bits.size: raise IpoError(_NO_IMAGES)
     return bits
 
 def resample_law(correct # [N] or [S, N] truth values: images, answered once or under S seeds
                 ) -> tuple: # accuracies 0-100, ascending, and their chances
     "What the accuracy of a resample of the images can be, and how likely each value is."
-    seeds, images = (bits := _answers(correct)).shape
+    bits = _answers(correct)
+    seeds, images = bits.shape
     share = np.bincount(bits.sum(0), minlength=seeds + 1)/images
     size = seeds*images + 1
     chances = np.fft.irfft(np.fft.rfft(share, 2*size)**images, 2*size)[:size].clip(0)
@@ -59,7 +64,7 @@ def _ends(level): return .5 - level/2, .5 + level/2
 def interval(correct,         # [N] or [S, N] truth values
              level:float=.95  # confidence, 0-1
             ) -> list: # [low, high], 0-100
-    "The percentile bootstrap over images of an accuracy, from its exact law. Raises `IpoError` where there are no images."
+    "The percentile bootstrap over images of an accuracy, from its exact law. Raises `IpoError` without images."
     law = resample_law(correct)
     return [rounded(_quantile(law, q)) for q in _ends(level)]
 
@@ -78,6 +83,8 @@ def _quantile_h(base, novel, q):
         else: high = middle
     return high
 
+
+# %% ../nbs/07a_stats.ipynb #ba437b5c
 def law_interval_h(base:tuple,     # law of the base accuracy, as `resample_law` gives it
                    novel:tuple,    # law of the novel accuracy
                    level:float=.95 # confidence, 0-1
@@ -93,12 +100,14 @@ def interval_h(base_correct,   # [N] or [S, N] truth values on base images
     return law_interval_h(resample_law(base_correct), resample_law(novel_correct), level)
 
 # %% ../nbs/07a_stats.ipynb #efc486af
+_UNPAIRED = "a paired test needs the same images for both prompts, not {} and {}: compare runs of one split."
+
 def paired_test(correct_a, # [N] truth values of one prompt
                 correct_b  # [N] truth values of the other, same images in the same order
                ) -> dict: # n images, a_only and b_only right, two-sided p
     "Exact McNemar test. Raises `IpoError` where the two are not of one length."
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    if len(a) != len(b): raise IpoError(f"a paired test needs the same images for both prompts, not {len(a)} and {len(b)}: compare runs of one split.")
+    if len(a) != len(b): raise IpoError(_UNPAIRED.format(len(a), len(b)))
     a_only, b_only = int((a & ~b).sum()), int((b & ~a).sum())
     p = binomtest(a_only, a_only+b_only).pvalue if a_only+b_only else 1.
     return dict(n=len(a), a_only=a_only, b_only=b_only, p=float(f'{p:.6g}'))
@@ -110,25 +119,33 @@ def pack_bits(bits # [N] truth values
     bits = np.asarray(bits, dtype=bool)
     return f'{len(bits)}:{np.packbits(bits).tobytes().hex()}'
 
+
+# %% ../nbs/07a_stats.ipynb #13ea78f5
 def unpack_bits(text:str # as `pack_bits` wrote it
                ) -> np.ndarray: # [N] bool
     "The truth values again. Raises `IpoError` where the text is damaged."
     try:
-        n, digits = text.split(':'); raw = np.frombuffer(bytes.fromhex(digits), np.uint8)
+        n, digits = text.split(':')
+        raw = np.frombuffer(bytes.fromhex(digits), np.uint8)
         if len(raw) != -(-int(n)//8): raise ValueError('length')
     except (ValueError, AttributeError) as e:
-        raise IpoError(f"the packed answers '{str(text)[:20]}' are damaged: delete this result and run its dataset again.") from e
+        damaged = f"the packed answers '{str(text)[:20]}' are damaged"
+        raise IpoError(f'{damaged}: delete this result and run its dataset again.') from e
     return np.unpackbits(raw, count=int(n)).astype(bool)
 
 # %% ../nbs/07a_stats.ipynb #aee714f8
 def intervals(evaluations:list # of one method, one a seed, as dicts
              ) -> dict: # base, novel, h -> [low, high] of 95 %
     "Intervals over images of means over seeds. Raises `IpoError` where seeds have other test images."
-    base, novel = ([unpack_bits(e[f'{half}_correct']) for e in evaluations] for half in ('base', 'novel'))
+    def bits(half): return [unpack_bits(e[f'{half}_correct']) for e in evaluations]
+    base, novel = bits('base'), bits('novel')
     if len({len(x) for x in base}) > 1 or len({len(x) for x in novel}) > 1:
-        raise IpoError(f"the records of {evaluations[0]['name']} have test sets of different sizes: compare seeds of one split.")
+        whose = f"the records of {evaluations[0]['name']}"
+        raise IpoError(f'{whose} have test sets of different sizes: compare seeds of one split.')
     return dict(base=interval(base), novel=interval(novel), h=interval_h(base, novel))
 
+
+# %% ../nbs/07a_stats.ipynb #7474625f
 def spread(values # numbers, one a seed
           ) -> float|None: # standard deviation; None for fewer than two
     "How much seeds differ."
@@ -152,6 +169,8 @@ def _on_grid(law): # chances of 0, 1/STEPS, ..., 100
     np.add.at(out, left + 1, chances*(at - left))
     return out
 
+
+# %% ../nbs/07a_stats.ipynb #765665fb
 def mean_law(laws:list # of `resample_law`, independent
             ) -> tuple: # accuracies and chances, as `resample_law`
     "The law of an unweighted mean. One law alone is kept as it is."
@@ -161,6 +180,8 @@ def mean_law(laws:list # of `resample_law`, independent
     chances = np.fft.irfft(spectrum, 2*size)[:size].clip(0)
     return np.arange(size)/(STEPS*len(laws)), chances/chances.sum()
 
+
+# %% ../nbs/07a_stats.ipynb #c0bd1059
 def law_interval(law:tuple,      # as `resample_law` gives it
                  level:float=.95 # confidence, 0-1
                 ) -> list: # [low, high], 0-100
@@ -174,6 +195,8 @@ def p_over_seeds(differences # one a seed
     d = np.asarray(differences)
     return float(ttest_1samp(d, 0).pvalue) if len(d) > 1 and np.ptp(d) > 1e-9 else 0.
 
+
+# %% ../nbs/07a_stats.ipynb #6017350e
 def told_apart(pairs:list # of truth values [seeds, images] of two methods, one pair a set of images
               ) -> float: # two-sided p; 1 where there is nothing to compare
     "The less sure of two paired tests: over images, each counted once, and over seeds."
@@ -191,8 +214,11 @@ def signed_ranks(differences # one a run
     d = np.asarray(differences, float)
     if len(d) < 2: return None
     p = float(wilcoxon(d).pvalue) if d.any() else 1.
-    return dict(runs=len(d), mean=rounded(d.mean()), sd=rounded(spread(d)), wins=int((d > 0).sum()), p=float(f'{p:.4g}'))
+    wins = int((d > 0).sum())
+    return dict(runs=len(d), mean=rounded(d.mean()), sd=rounded(spread(d)), wins=wins, p=float(f'{p:.4g}'))
 
+
+# %% ../nbs/07a_stats.ipynb #70869603
 def rank_correlation(a, b # numbers, pair by pair
                     ) -> float|None: # Spearman's; None where one of the two is constant or there are fewer than three
     "Do two numbers rank alike?"
@@ -208,32 +234,55 @@ def random_numbers(key:int,  # names the use
     raw = np.random.Philox(key=key).random_raw(int(np.prod(shape))) >> np.uint64(32)
     return (raw*np.uint64(below) >> np.uint64(32)).astype(np.int64).reshape(shape)
 
-def _resampled(a, b, key, draws): # [S, N] truth values of two methods -> two [draws, S] accuracies of the same resamples
+# %% ../nbs/07a_stats.ipynb #811fa34c
+def resample_counts(key:int,  # names the use
+                    kinds,    # [N] whole numbers from 0, the kind of each image; `range(N)` where each is its own
+                    draws:int # resamples of the N images
+                   ) -> np.ndarray: # [draws, K] how many images of each kind a resample holds
+    "Draw images with replacement, and count."
+    kinds = np.asarray(kinds)
+    drawn = kinds[random_numbers(key, (draws, len(kinds)), len(kinds))]
+    return np.stack([np.bincount(row, minlength=kinds.max() + 1) for row in drawn])
+
+def drawn_interval(values,         # [draws] a statistic of each resample
+                   level:float=.95 # confidence, 0-1
+                  ) -> list: # [low, high]
+    "The percentile interval of what was drawn: two of the values themselves."
+    ordered, n = np.sort(np.round(values, 9)), len(values)
+    return [rounded(ordered[min(int(q*n), n - 1)]) for q in _ends(level)]
+
+# %% ../nbs/07a_stats.ipynb #802edff6
+def _resampled(a, b, key, draws): # two [S, N] truth values -> two [draws, S] accuracies of the same resamples
     both = np.concatenate([a, b]).astype(np.int64)
-    kinds, which = np.unique(both, axis=1, return_inverse=True) # images with equal answers are of one kind
-    at = which.ravel()[random_numbers(key, (draws, both.shape[1]), both.shape[1])]
-    counts = np.stack([np.bincount(row, minlength=kinds.shape[1]) for row in at])
-    return np.split(100*(counts @ kinds.T)/both.shape[1], 2, axis=1)
+    kinds, which = np.unique(both, axis=1, return_inverse=True)
+    right = resample_counts(key, which.ravel(), draws) @ kinds.T
+    return np.split(100*right/both.shape[1], 2, axis=1)
+
+def _gain(base, novel): # on each half accuracies [..., S] of two methods -> H of the first minus H of the second
+    return harmonic_means(base[0], novel[0]) - harmonic_means(base[1], novel[1])
+
+def _means(pair): return [100*np.mean(x, axis=1) for x in pair]
+
+def _in_dataset(i, run, draws): # the mean gain over seeds; the same in each resample of seeds and images
+    base, novel = run['base'], run['novel']
+    sampled = _gain(_resampled(*base, 2*i, draws), _resampled(*novel, 2*i + 1, draws))
+    seeds = len(base[0])
+    chosen = random_numbers(10**6 + i, (draws, seeds), seeds)
+    return _gain(_means(base), _means(novel)).mean(), np.take_along_axis(sampled, chosen, axis=1).mean(1)
 
 # %% ../nbs/07a_stats.ipynb #7fddd84f
+_OTHERS = "a paired difference needs the same seeds and test images for both methods: compare runs of one split."
+
 def paired_difference(runs:list,       # a dict a dataset: base and novel -> (a, b), truth values [S, N] of two methods
                       level:float=.95, # confidence, 0-1
                       draws:int=2000   # resamples of seeds and images
                      ) -> dict: # mean of H of a minus H of b in points, low, high, two-sided p, seeds, datasets
-    "A difference of H by a paired bootstrap over seeds and images. Raises `IpoError` where the two have other seeds or images."
-    found, drawn = [], []
-    for i, run in enumerate(runs):
-        if any(np.shape(a) != np.shape(b) for a, b in run.values()):
-            raise IpoError("a paired difference needs the same seeds and test images for both methods: compare runs of one split.")
-        plain = {half: [100*np.mean(x, axis=1) for x in pair] for half, pair in run.items()}
-        sampled = {half: _resampled(*pair, 2*i + (half == 'novel'), draws) for half, pair in run.items()}
-        seeds = len(run['base'][0])
-        gains, some = (np.subtract(*[harmonic_means(*x) for x in zip(s['base'], s['novel'])]) for s in (plain, sampled))
-        chosen = random_numbers(10**6 + i, (draws, seeds), seeds)
-        found.append(gains.mean())
-        drawn.append(np.take_along_axis(some, chosen, axis=1).mean(1))
-    total = np.sort(np.round(np.mean(drawn, axis=0), 9))
-    low, high = (total[min(int(q*draws), draws - 1)] for q in _ends(level))
+    "A difference of H by a bootstrap over seeds and images. Raises `IpoError` where the two differ in these."
+    for run in runs:
+        if any(np.shape(a) != np.shape(b) for a, b in run.values()): raise IpoError(_OTHERS)
+    found, drawn = zip(*[_in_dataset(i, run, draws) for i, run in enumerate(runs)])
+    total = np.round(np.mean(drawn, axis=0), 9)
+    low, high = drawn_interval(total, level)
     p = min(1., 2*min((total <= 0).mean(), (total >= 0).mean()))
-    return dict(mean=rounded(np.mean(found)), low=rounded(low), high=rounded(high), p=rounded(p),
-                seeds=min(len(r['base'][0]) for r in runs), datasets=len(runs))
+    seeds = min(len(r['base'][0]) for r in runs)
+    return dict(mean=rounded(np.mean(found)), low=low, high=high, p=rounded(p), seeds=seeds, datasets=len(runs))

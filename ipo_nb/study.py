@@ -447,8 +447,7 @@ def half(self:Study, which:str # 'base' or 'novel'
         ) -> evaluation.Half: # names, test features, labels
     "The test images of one half of the classes."
     items = data.subset(self.dataset.test, which, self.dataset)
-    feats = scorer.image_features(self.clip, [i.image for i in items])
-    return evaluation.Half(self.halves[which == 'novel'], feats, torch.tensor([i.label for i in items]))
+    return evaluation.make_half(self.clip, self.halves[which == 'novel'], items)
 
 @patch
 def searches(self:Study) -> dict: # method -> finished search

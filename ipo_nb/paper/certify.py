@@ -15,15 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
+from fastcore.script import Param, call_parse
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from ..core import *
 from ..data import (dataset_folder, describe, find_path, folder_names, halves, images_sha,
                          load_card, load_dataset, subset)
-from ..evaluation import Half, evaluate
+from ..evaluation import Half, evaluate, make_half
 from ..evidence.show import Table, safe
-from .printed import paper_file
+from ..scorer import check_length, check_spec, load_clip
 from ..stats import harmonic_mean
-from ..scorer import check_length, check_spec, image_features, load_clip
+from .printed import paper_file
 
 # %% ../../nbs/paper/04_certify.ipynb #4483b8de
 _CONTENT = dict(base_to_novel='5b1ba656b2c6db273390d44614cd3f2a368e75bde78fcbbc60545afac41f2989',
@@ -35,7 +36,9 @@ def printed(name:str # base_to_novel, prompts or prompt_scores
     "A table of the paper, as it was typed off. Raises `IpoError` where a number or a word was changed since."
     rows = paper_file(name)
     if sha(rows) != _CONTENT[name]:
-        raise IpoError(f"data_cards/paper/{name}.csv is not the file that was checked against the paper: restore it with `git checkout data_cards/paper/{name}.csv`.")
+        file = f'data_cards/paper/{name}.csv'
+        mend = f'restore it with `git checkout {file}`.'
+        raise IpoError(f'{file} is not the file that was checked against the paper: {mend}')
     return rows
 
 # %% ../../nbs/paper/04_certify.ipynb #34e314e3
@@ -54,58 +57,77 @@ class Claim:
     numbers:dict    # base, novel and perhaps h, 0-100, as printed
     notes:tuple=()  # what is odd about it, in words
 
-KINDS = ('plain template', 'hand-written template', 'IPO, 1 shot', 'IPO, 16 shots', 'part of a prompt')
+KINDS = ('default prompt', 'hand-written template', 'IPO, 1 shot', 'IPO, 16 shots', 'part of a prompt')
 
 # %% ../../nbs/paper/04_certify.ipynb #902264f5
 def _numbers(row): return {k: float(row[k]) for k in ('base', 'novel', 'h') if row.get(k)}
 
-def _of_method(row, words, template): # a line of table 6, 8 or 19-29 -> (what, prompt, note), or None where it is no single prompt
+def _of_method(row, words, template): # a line of table 6, 8 or 19-29 -> (what, prompt, notes); None: no single prompt
     method, shots = row['method'], row['shots']
-    if method == 'CLIP': return 'hand-written template', template, ''
-    if method.startswith('CLIP, '): return 'plain template', method.removeprefix('CLIP, '), ''
-    if method == 'IPO': return f"IPO, {shots} shot{'s'*(shots != '1')}", words[shots]['prompt'], words[shots]['note']
-    return None
+    if method == 'CLIP': return 'hand-written template', template, ()
+    if method.startswith('CLIP, '): return 'default prompt', method.removeprefix('CLIP, '), ()
+    if method != 'IPO': return None
+    found = words[shots]
+    what = f"IPO, {shots} shot{'s'*(shots != '1')}"
+    return what, found['prompt'], tuple(filter(None, [found['note']]))
+
+# %% ../../nbs/paper/04_certify.ipynb #b7efae58
+def _of_dataset(name, dataset): return [r for r in printed(name) if r['dataset'] == dataset]
 
 def _read_claims(dataset): # in the order of the files
-    words, template = {r['shots']: r for r in printed('prompts') if r['dataset'] == dataset}, load_card(dataset).template
-    for r in printed('base_to_novel'):
-        if r['dataset'] == dataset and (found := _of_method(r, words, template)):
-            what, prompt, note = found
-            yield Claim(dataset, r['table'], what, prompt, _numbers(r), (note,) if note else ())
-    for r in printed('prompt_scores'):
-        if r['dataset'] == dataset: yield Claim(dataset, '1, 19-29', KINDS[-1], r['prompt'], _numbers(r))
+    words = {r['shots']: r for r in _of_dataset('prompts', dataset)}
+    template = load_card(dataset).template
+    for r in _of_dataset('base_to_novel', dataset):
+        found = _of_method(r, words, template)
+        if not found: continue
+        what, prompt, notes = found
+        yield Claim(dataset, r['table'], what, prompt, _numbers(r), notes)
+    for r in _of_dataset('prompt_scores', dataset):
+        yield Claim(dataset, '1, 19-29', KINDS[-1], r['prompt'], _numbers(r))
 
 # %% ../../nbs/paper/04_certify.ipynb #afba3243
 _TABLE_8 = "table 8's average is not the mean of its rows, and users of the released code report far lower figures"
 
+def _halves(claim): return claim.numbers['base'], claim.numbers['novel']
+
+def _contradiction(other):
+    base, novel = _halves(other)
+    return f'table {other.table} prints {base:.2f} / {novel:.2f} for the same prompt'
+
+# %% ../../nbs/paper/04_certify.ipynb #9cf3fdbd
 def _notes(claim, all_): # what is odd before anything was measured
-    n, out = claim.numbers, list(claim.notes)
+    out = list(claim.notes)
     if claim.what == 'IPO, 16 shots': out.append(_TABLE_8)
-    others = [o for o in all_ if o.prompt == claim.prompt and any(o.numbers[k] != n[k] for k in ('base', 'novel'))]
-    out += [f"table {o.table} prints {o.numbers['base']:.2f} / {o.numbers['novel']:.2f} for the same prompt" for o in others]
-    h = harmonic_mean(n['base'], n['novel'])
-    if 'h' in n and abs(n['h'] - h) > .0201: out.append(f"the printed H is not that of its two columns, which is {h:.2f}")
+    out += [_contradiction(o) for o in all_ if o.prompt == claim.prompt and _halves(o) != _halves(claim)]
+    h = harmonic_mean(*_halves(claim))
+    if 'h' in claim.numbers and abs(claim.numbers['h'] - h) > .0201:
+        out.append(f"the printed H is not that of its two columns, which is {h:.2f}")
     return tuple(out)
+
+# %% ../../nbs/paper/04_certify.ipynb #4ac4c838
+def _both(a, b): # two claims that print one prompt with the same numbers
+    tables = dict.fromkeys([a.table, b.table])
+    what = min(a.what, b.what, key=KINDS.index)
+    return replace(a, table=', '.join(tables), what=what, numbers=b.numbers | a.numbers)
 
 def _merged(all_): # claims with the same prompt and the same numbers are one
     out = {}
     for c in all_:
-        key = c.prompt, c.numbers['base'], c.numbers['novel']
-        if key not in out: out[key] = c; continue
-        old = out[key]
-        what = min(old.what, c.what, key=KINDS.index)
-        out[key] = replace(old, table=', '.join(dict.fromkeys([old.table, c.table])), what=what, numbers=c.numbers | old.numbers)
+        key = c.prompt, *_halves(c)
+        out[key] = _both(out[key], c) if key in out else c
     return list(out.values())
 
 # %% ../../nbs/paper/04_certify.ipynb #2651cbbb
 def claims(dataset:str # one of `certified_datasets`
-          ) -> list: # of `Claim`, templates first
-    "What the paper prints about single prompts on a dataset (tables 1, 3, 6, 8, 17 and 19-29). Raises `IpoError` where that is nothing."
+          ) -> list: # of `Claim`, in the order of `KINDS`
+    "What the paper prints about single prompts (tables 1, 3, 6, 8, 17, 19-29). Raises `IpoError` where it prints none."
     known = certified_datasets()
     if dataset not in known:
-        raise IpoError(f"the paper prints no prompt for {dataset!r}{nearest(dataset, known) or ': it does for ' + ', '.join(known) + '.'}")
+        mend = nearest(dataset, known) or f": it does for {', '.join(known)}."
+        raise IpoError(f'the paper prints no prompt for {dataset!r}{mend}')
     found = _merged(_read_claims(dataset))
-    return sorted((replace(c, notes=_notes(c, found)) for c in found), key=lambda c: KINDS.index(c.what))
+    noted = [replace(c, notes=_notes(c, found)) for c in found]
+    return sorted(noted, key=lambda c: KINDS.index(c.what))
 
 # %% ../../nbs/paper/04_certify.ipynb #1bbee2c2
 def mended(prompt:str # as printed
@@ -119,61 +141,92 @@ def mended(prompt:str # as printed
 PAPER_CLIP = ('ViT-B-16/openai', 'ViT-B-16-quickgelu/openai') # two names of the same model
 
 _SPLITS = {'subset': 'are a subset of the published split', 'own split': 'were divided here, not by a published split',
-           'file': 'were divided by a split of your own', 'as laid out': 'were divided by your folders', 'generated': 'are drawn'}
+           'file': 'were divided by a split of your own', 'as laid out': 'were divided by your folders',
+           'generated': 'are drawn'}
 
+def _public(spec): # a specification without places of this machine
+    path = spec.removeprefix('local-dir:')
+    somewhere = Path(path).is_absolute() or path.startswith('~')
+    return f'local-dir:{Path(path).name}' if path != spec and somewhere else spec
+
+def _split_unmet(ds): # sentences, as in `unmet`
+    wanted = ds.card.split_sha256
+    if ds.split_source != 'published': return [f"the images {_SPLITS.get(ds.split_source, 'are of another split')}"]
+    if wanted and not ds.split_file.endswith(wanted): return ["the split file is not CoOp's published one"]
+    return []
+
+# %% ../../nbs/paper/04_certify.ipynb #bc4d3278
 def unmet(spec:str,   # CLIP specification
           ds,         # a loaded dataset
           base, novel # its two `Half`
          ) -> list: # sentences; empty where ours can be held against the paper's
     "Which of the paper's conditions do not hold."
-    card, n, out = ds.card, len(base.labels) + len(novel.labels), []
+    card, out = ds.card, []
+    images, wanted = len(base.labels) + len(novel.labels), card.splits.get('test')
+    classes, wanted_classes = (len(base.names), len(novel.names)), (card.base, card.novel)
     if spec not in PAPER_CLIP: out.append(f"CLIP is {_public(spec)}, and the paper's is {PAPER_CLIP[0]}")
-    if ds.split_source != 'published': out.append(f"the images {_SPLITS.get(ds.split_source, 'are of another split')}")
-    elif card.split_sha256 and not ds.split_file.endswith(card.split_sha256): out.append("the split file is not CoOp's published one")
-    if n != card.splits.get('test'): out.append(f"{n:,} test images are looked at, and the paper's test set has {card.splits.get('test', 0):,}")
-    if (len(base.names), len(novel.names)) != (card.base, card.novel):
-        out.append(f"{len(base.names):,} base and {len(novel.names):,} novel classes are compared, and the paper's halves have {card.base} and {card.novel}")
+    out += _split_unmet(ds)
+    if images != wanted:
+        out.append(f"{images:,} test images are looked at, and the paper's test set has {wanted or 0:,}")
+    if classes != wanted_classes:
+        ours = '{:,} base and {:,} novel classes'.format(*classes)
+        out.append("{} are compared, and the paper's halves have {} and {}".format(ours, *wanted_classes))
     return out
 
-def _public(spec): # a specification without places of this machine
-    path = spec.removeprefix('local-dir:')
-    return f'local-dir:{Path(path).name}' if path != spec and (Path(path).is_absolute() or path.startswith('~')) else spec
-
 # %% ../../nbs/paper/04_certify.ipynb #579810ff
+def _made_up_half(names, n): return Half(names, torch.zeros(n, 1), torch.arange(n) % len(names))
+
 def stand_in(name:str='dtd' # a dataset of the paper
             ) -> tuple: # (something like a loaded dataset, base, novel)
     "A dataset with the paper's split and halves and no images, for examples and tests."
     card = load_card(name)
     names = [f'class {i:03d}' for i in range(card.classes)]
-    n = {'base': card.splits['test']*card.base//card.classes}; n['novel'] = card.splits['test'] - n['base']
-    ds = SimpleNamespace(card=card, name=name, classes=names, split_source='published', note='made up', split_sha='0'*64,
-                         split_file=f'{card.split_file} sha256:{card.split_sha256}', train=[], val=[], test=[])
-    half = lambda which, names: Half(names, torch.zeros(n[which], 1), torch.arange(n[which]) % len(names))
-    return ds, half('base', names[:card.base]), half('novel', names[card.base:])
+    images = card.splits['test']*card.base//card.classes
+    split_file = f'{card.split_file} sha256:{card.split_sha256}'
+    ds = SimpleNamespace(card=card, name=name, classes=names, split_source='published', split_file=split_file,
+                         split_sha='0'*64, note='made up', train=[], val=[], test=[])
+    base = _made_up_half(names[:card.base], images)
+    return ds, base, _made_up_half(names[card.base:], card.splits['test'] - images)
 
 # %% ../../nbs/paper/04_certify.ipynb #5c5f6a9d
 def _check(what, paper, ours, same): return dict(what=what, paper=paper, ours=ours, same=same)
 
+def _near(values, wanted): return all(abs(a - b) < 1e-6 for a, b in zip(values, wanted))
+
 def _transform(clip): # size, interpolation, edge, and whether mean and deviation are CLIP's
     t = clip.transform
     size = t['size'] if isinstance(t['size'], int) else max(t['size'])
-    colours = all(abs(a - b) < 1e-6 for k, want in (('mean', OPENAI_DATASET_MEAN), ('std', OPENAI_DATASET_STD)) for a, b in zip(t[k], want))
-    return f"{size} px, {t['interpolation']}, {t['resize_mode']} edge, {'CLIP' if colours else 'other'} colours"
+    same = _near(t['mean'], OPENAI_DATASET_MEAN) and _near(t['std'], OPENAI_DATASET_STD)
+    return f"{size} px, {t['interpolation']}, {t['resize_mode']} edge, {'CLIP' if same else 'other'} colours"
+
+# %% ../../nbs/paper/04_certify.ipynb #4d1c8384
+_PAPERS_TRANSFORM = '224 px, bicubic, shortest edge, CLIP colours'
+
+# %% ../../nbs/paper/04_certify.ipynb #e6fffdd5
+def _check_images(ds, base, novel):
+    b, v, wanted = len(base.labels), len(novel.labels), ds.card.splits.get('test', 0)
+    weight = f'{100/max(b, 1):.2f} and {100/max(v, 1):.2f}'
+    ours = f'{b:,} base and {v:,} novel; one weighs {weight} points'
+    return _check('test images', f'{wanted:,}', ours, b + v == wanted)
+
+def _check_names(ds):
+    from_coop = ds.split_source in ('published', 'subset')
+    whose = 'as there' if from_coop else 'of the folders, as the card corrects them'
+    twins = f", of which {' and '.join(ds.card.twins)} twice" if ds.card.twins else ''
+    same = from_coop and len(ds.classes) == ds.card.classes
+    return _check('class names', f"{ds.card.classes:,}, CoOp's", f'{len(ds.classes):,}, {whose}{twins}', same)
 
 def checks(clip, # a loaded model
            ds,   # a loaded dataset
            base, novel # its two `Half`
           ) -> list: # dicts of what, paper, ours and same (true or false)
     "What might explain a gap, as far as it can be known here."
-    test, (b, v) = ds.card.splits.get('test', 0), (len(h.labels) for h in (base, novel))
-    weight = ' and '.join(f'{100/max(n, 1):.2f}' for n in (b, v))
-    coop, sizes = ds.split_source in ('published', 'subset'), '224 px, bicubic, shortest edge, CLIP colours'
-    twins = f", of which {' and '.join(ds.card.twins)} twice" if ds.card.twins else ''
-    return [_check('split', 'published, complete', ds.split_source, ds.split_source == 'published'),
-            _check('test images', f'{test:,}', f'{b:,} base and {v:,} novel; one weighs {weight} points', b + v == test),
-            _check('class names', f"{ds.card.classes:,}, CoOp's", f"{len(ds.classes):,}, {'as there' if coop else 'of the folders, as the card corrects them'}{twins}", coop and len(ds.classes) == ds.card.classes),
+    published, transform = ds.split_source == 'published', _transform(clip)
+    return [_check('split', 'published, complete', ds.split_source, published),
+            _check_images(ds, base, novel),
+            _check_names(ds),
             _check('precision', 'fp16 (released code)', clip.precision, clip.precision == 'fp16'),
-            _check('transform', sizes, _transform(clip), _transform(clip) == sizes)]
+            _check('transform', _PAPERS_TRANSFORM, transform, transform == _PAPERS_TRANSFORM)]
 
 # %% ../../nbs/paper/04_certify.ipynb #28abd639
 TOLERANCE = .3 # points
@@ -201,8 +254,9 @@ def score_texts(clip,  # a loaded model
     "Accuracies of prompts on both halves."
     fits, out = [], {}
     for t in dict.fromkeys(texts):
-        try: check_length(clip, t, [*base.names, *novel.names]); fits.append(t)
+        try: check_length(clip, t, [*base.names, *novel.names])
         except IpoError as e: out[t] = str(e)
+        else: fits.append(t)
     found = evaluate(clip, {t: t for t in fits}, base, novel, predict=predict) if fits else []
     return out | {e.prompt: dict(base=e.base, novel=e.novel, h=e.h) for e in found}
 
@@ -217,17 +271,21 @@ def made_up(accuracies:dict # prompt -> (base, novel), 0-100; others have 50
     return lambda clip, prompts, names, feats: torch.stack([one(p, names, len(feats)) for p in prompts])
 
 # %% ../../nbs/paper/04_certify.ipynb #daa01f83
+_ANCHORS = KINDS[:2] # prompts that nobody searched for
+_ANCHORED = ("the default prompt or the hand-written template stands on the same images, "
+             "which leaves this prompt's printed wording or number")
+
 def _suspects(missed, anchored, differing): # the last part of an explanation
     unlike = ' and '.join(differing)
-    if set(missed) <= set(anchored):
-        return "a template stands on the same images, which leaves this prompt's printed wording or number" + (f", or for a small gap {unlike}" if unlike else '')
+    if set(missed) <= set(anchored): return _ANCHORED + (f', or for a small gap {unlike}' if unlike else '')
     if differing: return f"not as in the paper: {unlike}"
     return 'no difference to the conditions of the paper is known'
 
+# %% ../../nbs/paper/04_certify.ipynb #12df0be7
 def explain(claim,      # what is printed
             gap:dict,   # of `gaps`
             found:dict, # of `score_texts`
-            anchored,   # halves on which a template stands
+            anchored,   # halves on which one of `_ANCHORS` stands
             differing   # names of the checks that differ
            ) -> list: # sentences; empty for a claim that stands
     "What could explain a miss."
@@ -247,13 +305,24 @@ def _row(claim, found, comparable): # without explanation
     return dict(table=claim.table, what=claim.what, prompt=claim.prompt, printed=claim.numbers, ours=mine, gap=gap,
                 verdict=verdict(gap) if scored else 'not scored', why=[] if scored else [ours])
 
-def _anchored(rows): # halves on which a template stands
-    return {k for r in rows if r['gap'] and 'template' in r['what'] for k, g in r['gap'].items() if abs(g) <= TOLERANCE}
+# %% ../../nbs/paper/04_certify.ipynb #2297e9b1
+def _anchored(rows): # halves on which one of `_ANCHORS` stands
+    out = set()
+    for r in rows:
+        if r['gap'] and r['what'] in _ANCHORS: out |= {k for k, g in r['gap'].items() if abs(g) <= TOLERANCE}
+    return out
 
-def judge(clip, ds, base, novel, predict=None) -> dict: # as in `score_texts`
+# %% ../../nbs/paper/04_certify.ipynb #b9a6c983
+def judge(clip,          # a loaded model
+          ds,            # a dataset of the paper
+          base, novel,   # its two `Half`
+          predict=None   # as in `score_texts`
+         ) -> dict: # dataset, state, unmet, checks, and a row for each claim
     "All claims about one dataset, with verdicts where the conditions are the paper's."
     said, failing, compared = claims(ds.name), unmet(clip.spec, ds, base, novel), checks(clip, ds, base, novel)
-    found = score_texts(clip, [t for c in said for t in (c.prompt, mended(c.prompt))], base, novel, predict)
+    texts = []
+    for c in said: texts += [c.prompt, mended(c.prompt)]
+    found = score_texts(clip, texts, base, novel, predict)
     rows = [_row(c, found, not failing) for c in said]
     anchored, differing = _anchored(rows), [c['what'] for c in compared if not c['same']]
     for c, r in zip(said, rows):
@@ -263,21 +332,31 @@ def judge(clip, ds, base, novel, predict=None) -> dict: # as in `score_texts`
 # %% ../../nbs/paper/04_certify.ipynb #a70f57e1
 def _way(name): # how a dataset can be had
     fetched = any('images' in s.what or s.what == 'whole' for s in load_card(name).sources)
-    return f'`ipo_data get {name} --data_root DATA_ROOT` fetches it' if fetched else f'data_cards/{name}.md says how to get it by hand'
+    by_command = f'`ipo_data get {name} --data_root DATA_ROOT` fetches it'
+    return by_command if fetched else f'data_cards/{name}.md says how to get it by hand'
+
+def _unscored(claim, state): # a row
+    about = dict(table=claim.table, what=claim.what, prompt=claim.prompt, printed=claim.numbers)
+    return about | dict(ours=None, gap=None, verdict=state, why=[])
 
 def _absent(name, state='not here', why=None): # a dataset that was not scored
-    rows = [dict(table=c.table, what=c.what, prompt=c.prompt, printed=c.numbers, ours=None, gap=None, verdict=state, why=[]) for c in claims(name)]
+    rows = [_unscored(c, state) for c in claims(name)]
     return dict(dataset=name, state=state, why=why or _way(name), rows=rows)
 
-def _half(clip, ds, which): # test images of one half
-    items = subset(ds.test, which, ds)
-    return Half(halves(ds)[which == 'novel'], image_features(clip, [i.image for i in items]), torch.tensor([i.label for i in items]), ds.split_source)
+# %% ../../nbs/paper/04_certify.ipynb #6a102830
+def _encoded(clip, ds): # test images of the base and of the novel half
+    for which, names in zip(('base', 'novel'), halves(ds)):
+        yield make_half(clip, names, subset(ds.test, which, ds), split=ds.split_source)
 
-def certify_dataset(clip, name:str, root, split:str='auto') -> dict: # a loaded model, a dataset, its data_root, as in `load_dataset`
+def certify_dataset(clip,            # a loaded model
+                    name:str,        # a dataset of the paper
+                    root,            # the folder that holds it
+                    split:str='auto' # as in `load_dataset`
+                   ) -> dict: # as of `judge`, with facts; where it cannot be used, why
     "Score what the paper claims about one dataset that is there."
     try:
         ds = load_dataset(name, root, split, verbose=False)
-        out = judge(clip, ds, _half(clip, ds, 'base'), _half(clip, ds, 'novel'))
+        out = judge(clip, ds, *_encoded(clip, ds))
         return out | dict(facts=describe(ds) | dict(test_sizes_sha=images_sha(ds.test, whole=False)))
     except IpoError as e: return _absent(name, 'not usable', str(e).replace(str(root), 'DATA_ROOT'))
 
@@ -290,17 +369,21 @@ def _here(name, root): return any((root/f).is_dir() for f in folder_names(load_c
 
 def _check_any(names, root): # a sentence where nothing can be scored
     if any(_here(n, root) for n in names): return
-    for n in names: # one dataset was asked for, or the root is a dataset's own folder: the loader's own sentence
-        if len(names) == 1 or root.absolute().name in folder_names(load_card(n)): dataset_folder(load_card(n), root)
-    raise IpoError(f"data_root {root} holds none of {', '.join(names)}: `ipo_data get NAME --data_root {root}` fetches one.")
+    for card in map(load_card, names):
+        # one dataset was asked for, or the root is a dataset's own folder: the loader's own sentence
+        if len(names) == 1 or root.absolute().name in folder_names(card): dataset_folder(card, root)
+    mend = f'`ipo_data get NAME --data_root {root}` fetches one.'
+    raise IpoError(f"data_root {root} holds none of {', '.join(names)}: {mend}")
 
 def _check_out(folder): # a sentence before the work rather than after it
     try: Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise IpoError(f"--out {folder} cannot be made a folder ({e.strerror}): name another one.") from e
+    except OSError as e:
+        raise IpoError(f"--out {folder} cannot be made a folder ({e.strerror}): name another one.") from e
 
 # %% ../../nbs/paper/04_certify.ipynb #e9f77073
-FORMAT = 1
-_KEEP = 'weights_sha256 weights_hash_of weights transform_sha device precision gpu context_length open_clip torch'.split()
+FORMAT = 2 # 1 called the default prompt otherwise
+_KEEP = ('weights_sha256 weights_hash_of weights transform_sha device precision gpu context_length '
+         'open_clip torch').split()
 
 @dataclass(frozen=True, repr=False)
 class Certificate:
@@ -308,15 +391,27 @@ class Certificate:
     record:dict # what certificate.json holds
 
     @property
-    def rows(self): return [dict(dataset=d['dataset']) | r for d in self.record['datasets'] for r in d['rows']]
+    def rows(self):
+        out = []
+        for d in self.record['datasets']: out += [dict(dataset=d['dataset']) | r for r in d['rows']]
+        return out
+    def of_state(self, scored:bool): return [d for d in self.record['datasets'] if (d['state'] == 'scored') == scored]
     @property
-    def scored(self): return [d for d in self.record['datasets'] if d['state'] == 'scored']
+    def scored(self): return self.of_state(True)
+    @property
+    def left_out(self): return self.of_state(False)
     def __repr__(self): return f'Certificate({self.headline()})'
 
-def make_certificate(clip, datasets:list) -> Certificate: # a loaded model, and what `certify_dataset` gave for each
+# %% ../../nbs/paper/04_certify.ipynb #b7baa162
+def make_certificate(clip,         # a loaded model
+                     datasets:list # what `certify_dataset` gave for each
+                    ) -> Certificate: # of numbers and texts alone
     "Put the parts together."
-    facts = {k: v for k, v in clip.describe().items() if k in _KEEP} | dict(spec=_public(clip.spec), transform=_transform(clip))
-    return Certificate(json.loads(json.dumps(dict(format=FORMAT, tolerance=TOLERANCE, clip=facts, paper={n: sha(printed(n)) for n in _CONTENT}, datasets=datasets))))
+    facts = {k: v for k, v in clip.describe().items() if k in _KEEP}
+    facts |= dict(spec=_public(clip.spec), transform=_transform(clip))
+    paper = {name: sha(printed(name)) for name in _CONTENT}
+    record = dict(format=FORMAT, tolerance=TOLERANCE, clip=facts, paper=paper, datasets=datasets)
+    return Certificate(json.loads(json.dumps(record))) # as it will be read again
 
 # %% ../../nbs/paper/04_certify.ipynb #7a94b478
 def _tally(rows): # how many printed numbers have which fate
@@ -326,81 +421,123 @@ def _tally(rows): # how many printed numbers have which fate
         for g in (r['gap'] or {}).values(): out['stand' if abs(g) <= TOLERANCE else 'fail'] += 1
     return out
 
+# %% ../../nbs/paper/04_certify.ipynb #3e661c95
+_NOTHING = 'Nothing could be scored: no dataset that is here can be used.'
+_SILENCE = "These are not the paper's conditions: no claim is made about any of its numbers."
+
 @patch
 def headline(self:Certificate) -> str: # a sentence or two
     "Which of the paper's numbers stand."
     t = _tally(self.rows)
     judged = t['stand'] + t['fail']
-    if not self.scored: return "Nothing could be scored: no dataset that is here can be used."
-    if not judged: return "These are not the paper's conditions: no claim is made about any of its numbers."
-    names = [d['dataset'] for d in self.scored if not d['unmet']]
-    return (f"Of {judged} printed numbers that were measured under the paper's conditions ({', '.join(names)}), {t['stand']} stand within {TOLERANCE} and {t['fail']} do not; "
+    if not self.scored: return _NOTHING
+    if not judged: return _SILENCE
+    names = ', '.join(d['dataset'] for d in self.scored if not d['unmet'])
+    return (f"Of {judged} printed numbers that were measured under the paper's conditions ({names}), "
+            f"{t['stand']} stand within {TOLERANCE} and {t['fail']} do not; "
             f"{t['printed'] - judged} of {t['printed']} were not judged.")
 
 # %% ../../nbs/paper/04_certify.ipynb #ff4b9ace
+def _sum_up(kind, rows): # a line of the summary
+    t = _tally(rows)
+    silent = sum(len(r['printed']) for r in rows if r['verdict'] == _NO_CLAIM)
+    unmeasured = sum(len(r['printed']) for r in rows if r['ours'] is None)
+    return {'printed for': kind, 'numbers': t['printed'], f'within {TOLERANCE}': t['stand'], 'outside': t['fail'],
+            'no claim': silent, 'not measured': unmeasured}
+
+# %% ../../nbs/paper/04_certify.ipynb #6e7b8604
 @patch
 def summary(self:Certificate) -> Table: # a row for each kind of claim, and all
     "How many printed numbers stand, fail, or were not judged."
-    groups = [(k, [r for r in self.rows if r['what'] == k]) for k in KINDS] + [('all', self.rows)]
-    rows = [{'printed for': k} | {'numbers': (t := _tally(rs))['printed'], f'within {TOLERANCE}': t['stand'], 'outside': t['fail'],
-             'no claim': sum(len(r['printed']) for r in rs if r['verdict'] == _NO_CLAIM), 'not measured': sum(len(r['printed']) for r in rs if r['ours'] is None)} for k, rs in groups]
-    return Table('summary', "Which of the paper's numbers stand", rows)
+    rows = [_sum_up(kind, [r for r in self.rows if r['what'] == kind]) for kind in KINDS]
+    return Table('summary', "Which of the paper's numbers stand", [*rows, _sum_up('all', self.rows)])
 
+# %% ../../nbs/paper/04_certify.ipynb #2da30930
 def _three(row, k): # printed, ours and gap in one cell
     if k not in row['printed']: return None
     gap = f" ({row['gap'][k]:+.2f})" if row['gap'] else ''
     return f"{row['printed'][k]:.2f} → {row['ours'][k]:.2f}{gap}" if row['ours'] else f"{row['printed'][k]:.2f}"
 
+def _line(row):
+    numbers = dict(base=_three(row, 'base'), novel=_three(row, 'novel'), H=_three(row, 'h'))
+    said = dict(verdict=row['verdict'], why='; '.join(row['why']))
+    return dict(table=row['table'], what=row['what'], prompt=row['prompt']) | numbers | said
+
 @patch
 def lines(self:Certificate, dataset:str) -> Table: # a row for each prompt
     "Printed → ours (gap) for one dataset."
     rows = next(d['rows'] for d in self.record['datasets'] if d['dataset'] == dataset)
-    return Table(dataset, f'{dataset}: printed → ours', [dict(table=r['table'], what=r['what'], prompt=r['prompt'], base=_three(r, 'base'), novel=_three(r, 'novel'), H=_three(r, 'h'),
-                 verdict=r['verdict'], why='; '.join(r['why'])) for r in rows])
+    return Table(dataset, f'{dataset}: printed → ours', [_line(r) for r in rows])
 
 # %% ../../nbs/paper/04_certify.ipynb #29f05f29
+_NUMBERS = ('base', 'novel', 'h')
+
+def _apart(row, k): # one number of a prompt in three columns
+    return {f'{k}_{key}': (row[key] or {}).get(k) for key in ('printed', 'ours', 'gap')}
+
+def _flat_line(row, unmet):
+    line = {k: row[k] for k in ('dataset', 'table', 'what', 'prompt')}
+    for k in _NUMBERS: line |= _apart(row, k)
+    return line | dict(verdict=row['verdict'], why='; '.join(row['why']), conditions_not_met='; '.join(unmet))
+
+# %% ../../nbs/paper/04_certify.ipynb #147e1e9c
 @patch
 def flat(self:Certificate) -> Table: # a row for each prompt of each dataset, numbers in columns of their own
     "All lines, for CSV."
-    unmet_ = {d['dataset']: d.get('unmet', []) for d in self.record['datasets']}
-    of = lambda r, key, k: (r[key] or {}).get(k)
-    rows = [dict(dataset=r['dataset'], table=r['table'], what=r['what'], prompt=r['prompt']) |
-            {f'{k}_{key}': of(r, key, k) for k in ('base', 'novel', 'h') for key in ('printed', 'ours', 'gap')} |
-            dict(verdict=r['verdict'], why='; '.join(r['why']), conditions_not_met='; '.join(unmet_[r['dataset']])) for r in self.rows]
-    return Table('certificate', 'All lines', rows)
+    unmet = {d['dataset']: d.get('unmet', []) for d in self.record['datasets']}
+    return Table('certificate', 'All lines', [_flat_line(r, unmet[r['dataset']]) for r in self.rows])
 
 # %% ../../nbs/paper/04_certify.ipynb #8677c5d2
-_RULE = ("A number *stands* where ours is at most {t} points from it, on the dataset's published split, complete, with CLIP ViT-B-16/openai, on the base and novel halves. "
+_RULE = (f"A number *stands* where ours is at most {TOLERANCE} points from it, on the dataset's published split, "
+         "complete, with CLIP ViT-B-16/openai, on the base and novel halves. "
          "Elsewhere ours is shown, and no verdict is given.")
+_NOT_THEIRS = "Not the paper's conditions, no claim:"
 
 def _standing(d): # a sentence above the lines of a dataset
-    if d['unmet']: return f"**Not the paper's conditions, no claim:** {safe('; '.join(d['unmet']))}."
-    return "The conditions are the paper's."
+    return f"**{_NOT_THEIRS}** {safe('; '.join(d['unmet']))}." if d['unmet'] else "The conditions are the paper's."
+
+def _shown(check): # in the order of reading
+    return dict(what=check['what'], paper=check['paper'], ours=check['ours'], same='yes' if check['same'] else 'no')
+
+def _compared(d): # the checks of a dataset
+    rows = [_shown(c) for c in d['checks']]
+    return Table('checks', 'What could explain a gap', rows)
 
 def _section(cert, d): # Markdown of a scored dataset
-    differ = Table('checks', 'What could explain a gap', [{k: c[k] for k in ('what', 'paper', 'ours')} | dict(same='yes' if c['same'] else 'no') for c in d['checks']])
-    return [f"## {d['dataset']}", _standing(d), cert.lines(d['dataset']).markdown(), differ.markdown(), *([safe(d['facts']['note'])] if d.get('facts') else [])]
+    note = safe(d['facts']['note']) if d.get('facts') else ''
+    return [f"## {d['dataset']}", _standing(d), cert.lines(d['dataset']).markdown(), _compared(d).markdown(), note]
 
+# %% ../../nbs/paper/04_certify.ipynb #1c6a6f0f
+def _made_with(clip): # a sentence
+    place = f"{clip['precision']} on {clip['device']}, {safe(clip['transform'])}"
+    versions = f"open_clip {clip['open_clip']}, torch {clip['torch']}"
+    return f"Model {safe(clip['spec'])}, weights sha256 {clip['weights_sha256']}, {place}; {versions}."
+
+def _why_not(d): # a line of what is not here
+    return f"- {d['dataset']}: {d['state']}; {safe(d['why']) if d['state'] != 'not here' else d['why']}"
+
+# %% ../../nbs/paper/04_certify.ipynb #908b0b17
 @patch
 def markdown(self:Certificate) -> str: # the whole page
     "Headline, summary, what is not here, and the lines of each scored dataset."
-    c, gone = self.record['clip'], [d for d in self.record['datasets'] if d['state'] != 'scored']
-    facts = f"Model {safe(c['spec'])}, weights sha256 {c['weights_sha256']}, {c['precision']} on {c['device']}, {safe(c['transform'])}; open_clip {c['open_clip']}, torch {c['torch']}."
-    left = [f"- {d['dataset']}: {d['state']}; {safe(d['why']) if d['state'] != 'not here' else d['why']}" for d in gone]
-    parts = ["# Certificate", f"**{safe(self.headline())}**", _RULE.format(t=TOLERANCE), facts, self.summary().markdown(), '\n'.join(left)]
-    return '\n\n'.join(filter(None, parts + [p for d in self.scored for p in _section(self, d)])) + '\n'
+    parts = ["# Certificate", f"**{safe(self.headline())}**", _RULE, _made_with(self.record['clip']),
+             self.summary().markdown(), '\n'.join(map(_why_not, self.left_out))]
+    for d in self.scored: parts += _section(self, d)
+    return '\n\n'.join(filter(None, parts)) + '\n'
 
 @patch
 def _repr_markdown_(self:Certificate): return self.markdown()
 
 # %% ../../nbs/paper/04_certify.ipynb #2a988454
+def _html_part(cert, d): # a scored dataset
+    why = f"<p><b>{_NOT_THEIRS}</b> {escape('; '.join(d['unmet']))}.</p>" if d['unmet'] else ''
+    return f"<h4>{d['dataset']}</h4>{why}{cert.lines(d['dataset']).html()}"
+
 @patch
 def _repr_html_(self:Certificate):
-    gone = ''.join(f"<li>{d['dataset']}: {d['state']}; {escape(d['why'])}</li>" for d in self.record['datasets'] if d['state'] != 'scored')
-    def part(d):
-        why = f"<p><b>Not the paper's conditions, no claim:</b> {escape('; '.join(d['unmet']))}.</p>" if d['unmet'] else ''
-        return f"<h4>{d['dataset']}</h4>{why}{self.lines(d['dataset']).html()}"
-    return f"<p><b>{escape(self.headline())}</b></p>{self.summary().html()}<ul>{gone}</ul>{''.join(map(part, self.scored))}"
+    gone = ''.join(f"<li>{d['dataset']}: {d['state']}; {escape(d['why'])}</li>" for d in self.left_out)
+    parts = ''.join(_html_part(self, d) for d in self.scored)
+    return f"<p><b>{escape(self.headline())}</b></p>{self.summary().html()}<ul>{gone}</ul>{parts}"
 
 # %% ../../nbs/paper/04_certify.ipynb #5790f119
 @patch
@@ -410,14 +547,16 @@ def write(self:Certificate, folder) -> Path: # the page
     write_text(Path(folder)/'certificate.csv', self.flat().csv())
     return write_text(Path(folder)/'certificate.md', self.markdown())
 
-def load_certificate(folder) -> Certificate: # with certificate.json in it
+# %% ../../nbs/paper/04_certify.ipynb #4870109b
+def load_certificate(folder # with certificate.json in it
+                    ) -> Certificate: # as it was written
     "Read a certificate. Raises `IpoError` where there is none, or one of another version."
-    file = Path(folder)/'certificate.json'
+    file, mend = Path(folder)/'certificate.json', f'`ipo_certify --out {folder}`'
     try: record = json.loads(file.read_text(encoding='utf-8'))
-    except OSError as e: raise IpoError(f"{file} cannot be read ({e.strerror}): `ipo_certify --out {folder}` writes one.") from e
-    except ValueError as e: raise IpoError(f"{file} is no JSON: write it again with `ipo_certify --out {folder}`.") from e
+    except OSError as e: raise IpoError(f"{file} cannot be read ({e.strerror}): {mend} writes one.") from e
+    except ValueError as e: raise IpoError(f"{file} is no JSON: write it again with {mend}.") from e
     if not isinstance(record, dict) or record.get('format') != FORMAT:
-        raise IpoError(f"{file} is no certificate of format {FORMAT}: write it again with `ipo_certify --out {folder}`.")
+        raise IpoError(f"{file} is no certificate of format {FORMAT}: write it again with {mend}.")
     return Certificate(record)
 
 # %% ../../nbs/paper/04_certify.ipynb #71133e69
@@ -427,32 +566,47 @@ def certify(data_root, # folder that holds the datasets
             split:str='auto', # auto, published, subset or own, as in `load_dataset`
             device:str='auto', precision:str='auto' # as in `load_clip`
            ) -> Certificate: # of what is there
-    "Score the paper's printed prompts on the datasets that are there. Raises `IpoError` for unknown names and where nothing is there."
+    "Score the paper's printed prompts on the datasets that are there. Raises `IpoError` where nothing is there."
     names, root = _chosen(list(datasets)), find_path(data_root, 'data_root')
-    check_spec(clip); _check_any(names, root)
+    check_spec(clip)
+    _check_any(names, root)
     model = load_clip(clip, device, precision)
     parts = (certify_dataset(model, n, root, split) if _here(n, root) else _absent(n) for n in names)
     return make_certificate(model, list(progress(parts, 'datasets', total=len(names))))
 
 # %% ../../nbs/paper/04_certify.ipynb #4bf96410
-def _parser():
-    p = argparse.ArgumentParser('ipo_certify', description="Score the paper's printed prompts, and say which of its numbers stand.")
-    p.add_argument('--data_root', '--data-root', required=True, help='folder that holds the datasets')
-    p.add_argument('--clip', default='ViT-B-16/openai', help="CLIP specification; only the default is the paper's")
-    p.add_argument('--dataset', nargs='+', action='extend', default=[], metavar='NAME', help="datasets (default: all of the paper's that are there)")
-    p.add_argument('--out', help='folder for certificate.json, .md and .csv')
-    p.add_argument('--split', default='auto', choices=('auto', 'published', 'subset', 'own'), help='which lists of images (default: auto)')
-    p.add_argument('--device', default='auto', help='auto, cpu or cuda'); p.add_argument('--precision', default='auto', help='auto, fp32, fp16 or bf16')
-    return p
+class _Spellings(argparse.Action):
+    "An option that may be written with hyphens in the place of underscores."
+    def __init__(self, option_strings, dest, **kw):
+        hyphens = ['--' + o.removeprefix('--').replace('_', '-') for o in option_strings]
+        super().__init__([*option_strings, *hyphens], dest, **kw)
+    def __call__(self, parser, namespace, values, option_string=None): setattr(namespace, self.dest, values)
 
-def main(argv=None) -> int: # 0: something was scored; 1: nothing, and a sentence says why; 130: interrupted
-    "The console script `ipo_certify`."
-    a = _parser().parse_args(argv)
-    try:
-        if a.out: _check_out(a.out)
-        made = certify(a.data_root, a.clip, a.dataset, a.split, a.device, a.precision)
-        if a.out: made.write(a.out)
-    except IpoError as e: print(f'ipo_certify: {e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('ipo_certify: stopped; features of finished datasets are kept, and the same command goes on from there.', file=sys.stderr); return 130
+_GOES_ON = 'features of finished datasets are kept, and the same command goes on from there.'
+
+def _end(why, code): # say at a terminal why the command ends
+    print(f'ipo_certify: {why}', file=sys.stderr)
+    return code
+
+def _made(out, *args): # the certificate, written where `out` is given
+    if out: _check_out(out)
+    made = certify(*args)
+    if out: made.write(out)
+    return made
+
+# %% ../../nbs/paper/04_certify.ipynb #af525ce6
+@call_parse
+def main(data_root:Param('folder that holds the datasets', str, action=_Spellings, required=True)=None,
+         clip:str='ViT-B-16/openai', # CLIP specification; only the default is the paper's
+         dataset:Param("datasets; all of the paper's that are there where left out", nargs='+', action='extend')=None,
+         out:str=None, # folder for certificate.json, .md and .csv; nothing is written where left out
+         split:Param('which lists of images', str, choices=('auto', 'published', 'subset', 'own'))='auto',
+         device:str='auto', # auto, cpu or cuda
+         precision:str='auto' # auto, fp32, fp16 or bf16
+        ) -> int: # 0: something was scored; 1: nothing, and a sentence says why; 130: interrupted
+    "Score the paper's printed prompts, and say which of its numbers stand."
+    try: made = _made(out, data_root, clip, dataset or (), split, device, precision)
+    except IpoError as e: return _end(e, 1)
+    except KeyboardInterrupt: return _end(f'stopped; {_GOES_ON}', 130)
     print(made.markdown())
     return 0 if made.scored else 1
