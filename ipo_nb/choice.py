@@ -222,7 +222,7 @@ def _one(scores): # [P], the higher the better -> weights; equals go to the lowe
 
 @rule
 def _paper(evidence):
-    "Highest few-shot accuracy, then lowest loss, then text (section 3 of the paper)."
+    "Highest few-shot accuracy, then lowest loss, then text (section 4 of the paper)."
     best = min(evidence.scored, key=lambda s: s.key)
     return np.array([s.prompt == best.prompt for s in evidence.scored], dtype=float)
 

@@ -7,9 +7,9 @@ __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'ROLES', 'Count', 'Posit
            'RUN_FORMAT', 'BASE', 'IpoError', 'nearest', 'first_error', 'fill', 'Score', 'Scored', 'named_classes',
            'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'sha', 'file_sha', 'seed_for', 'setting',
            'Limits', 'Ablations', 'RunConfig', 'fields_for', 'defaults_for', 'part_of_config', 'make_config',
-           'known_settings', 'run_name', 'run_id', 'damaged', 'sweep_file', 'open_sweep', 'record_path', 'read_stored',
-           'runs_in', 'old_run_name', 'run_folder', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl',
-           'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
+           'known_settings', 'older_defaults', 'run_name', 'run_id', 'damaged', 'sweep_file', 'open_sweep',
+           'record_path', 'read_stored', 'runs_in', 'old_run_name', 'run_folder', 'write_text', 'write_json',
+           'read_jsonl', 'append_jsonl', 'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #59d5e7e6
 import errno, gzip, hashlib, json, os, re, struct, zipfile, zlib
@@ -238,16 +238,20 @@ class Ablations(Limits):
         'longest prompt that is accepted, in words; 0: as much as CLIP reads')
     step_images:Count = setting(0, 'method',
         'few-shot images that a step is scored on, drawn anew for each; 0: all')
+    described:Count = setting(0, 'search',
+        'few-shot images that are described in the message, balanced over the classes; 0: all')
     holdout:bool = setting(False, 'method',
         'choose the prompt by half of the shots, which the search has not seen')
 
 # %% ../nbs/00_core.ipynb #5e1f60aa
 class RunConfig(Ablations):
-    "Everything that defines a run; defaults are the paper's (section 4 and its released code)."
+    "Everything that defines a run; defaults are the paper's (section 5 and its released code)."
     dataset:str = setting(..., 'sample', "a data card's name")
     data_root:str|None = setting(None, 'place', 'folder that holds the datasets')
     split:str = setting('auto', 'sample', "auto, published, subset, own, or a JSON file in CoOp's form")
     few_shot_index:str|None = setting(None, 'place', "a published few-shot list, instead of the seed's own sample")
+    draw:Literal['coop', 'hash'] = setting('coop', 'sample',
+        "how the few-shot images are drawn: CoOp's own draw, or hash, that of records of 0.1.0")
     clip:str = setting('ViT-B-16/openai', 'search', 'CLIP specification')
     shots:Positive = setting(1, 'search', 'few-shot images a class')
     seed:Count = setting(1, 'sample', 'few-shot sample and sampling of the optimizer')
@@ -313,12 +317,12 @@ def make_config(**params # fields of `RunConfig`
 # %% ../nbs/00_core.ipynb #9c3abc7b
 RUN_FORMAT = 2 # of a run's name
 
-BASE = dict( # field -> its default when it was introduced; entries are added and never changed
+BASE = dict( # field -> what runs had when it was introduced; entries are added and never changed
     transfer=None, patience=0, max_calls=0, max_tokens=0, max_seconds=0., max_cost=0., price_in=0., price_out=0.,
     remote_code=False, control=True, every_prompt=False,
-    feedback='both', extremes=False, max_words=0, step_images=0, holdout=False,
-    dataset=None, split='auto', clip='ViT-B-16/openai', shots=1, seed=1, steps=100, candidates=5, memory=20,
-    llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None, precision='auto')
+    feedback='both', extremes=False, max_words=0, step_images=0, described=0, holdout=False,
+    dataset=None, split='auto', draw='hash', clip='ViT-B-16/openai', shots=1, seed=1, steps=100, candidates=5,
+    memory=20, llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None, precision='auto')
 
 # %% ../nbs/00_core.ipynb #f288447f
 def known_settings(settings:dict, # of result.json or config.json, however old
@@ -331,6 +335,12 @@ def known_settings(settings:dict, # of result.json or config.json, however old
                        "read it with the version that its manifest.json names, or a newer one.")
     wanted = fields_for(*roles) if roles else BASE
     return {k: settings.get(k, BASE[k]) for k in wanted}
+
+def older_defaults(settings:dict # of result.json or config.json, however old
+                  ) -> dict: # field -> the base's value
+    "What a stored run does not say and today's default would say otherwise, such as the draw of 0.1.0."
+    changed = [k for k, today in defaults_for('result').items() if k != 'dataset' and BASE[k] != today]
+    return {k: BASE[k] for k in changed if k not in settings}
 
 def run_name(settings:dict, # of result.json or config.json, with the dataset
              data_sha:str   # hash of the split and the few-shot sample that are used

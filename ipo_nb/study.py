@@ -28,8 +28,8 @@ from fastcore.script import Param, anno_parser, call_parse
 from filelock import FileLock, Timeout
 from PIL import Image
 from . import captioning, core, data, evaluation, llm, optimizer, scorer
-from .core import (ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, make_config, project_dir, read_jsonl,
-                         run_folder, write_json)
+from .core import (ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, make_config, older_defaults, project_dir,
+                         read_jsonl, run_folder, write_json)
 from .evidence import records, report
 from .paper import methods
 from .peers import registry
@@ -66,7 +66,8 @@ def recorded_settings(params:dict # what the user gave
     if recorded != wanted:
         raise IpoError(f"{path} was recorded on {recorded} and not on {wanted}: "
                        'give that dataset, or another recording.')
-    out = run.get('settings', {}) | dict(llm=f'replay:{path}')
+    settings = run.get('settings', {})
+    out = older_defaults(settings) | settings | dict(llm=f'replay:{path}')
     if out.get('captioner', '').partition(':')[0] in ('openai', 'hf'): out['captioner'] = f'replay:{path}'
     return out
 
@@ -124,7 +125,7 @@ class Study(Stages):
     @cached_property
     def few_shot(self):
         c = self.config
-        return data.few_shot(self.dataset, c.shots, c.seed, index=c.few_shot_index)
+        return data.few_shot(self.dataset, c.shots, c.seed, index=c.few_shot_index, draw=c.draw)
     @cached_property
     def folder(self):
         "The run's own folder, named by what defines its result."
@@ -177,7 +178,7 @@ def held(self:Study) -> list: # indices of few-shot images
 # %% ../nbs/11_study.ipynb #3be8001d
 @patch
 def rows(self:Study, step:int) -> list: # indices of the few-shot images that the prompts of a step are scored on
-    "All that are not held out; with `step_images`, so many of them, drawn anew for each step (table 14)."
+    "All that are not held out; with `step_images`, so many of them, drawn anew for each step."
     seen = sorted({*range(len(self.few_shot))} - {*self.held()})
     n, seed = self.config.step_images, self.config.seed
     if not (step and n): return seen
@@ -276,6 +277,7 @@ def estimate(config:RunConfig,
              images:int  # few-shot images
             ) -> dict: # role -> calls, tokens_in, tokens_out, cost
     "What a study will use at most, to be said before its first call."
+    images = min(images, config.described or images)
     calls, asks = optimizer.plan(config)['calls'], config.llm.partition(':')[0] != 'random'
     shown = images if config.captioner.partition(':')[0] in ('openai', 'hf', 'replay') else 0
     proposed = dict(calls=calls, tokens_in=calls*_message_tokens(config, images),
@@ -346,13 +348,14 @@ def captioner(self:Study): # items -> descriptions
 # %% ../nbs/11_study.ipynb #43a3f26b
 @patch
 def describe(self:Study) -> list: # dicts: key, name, text
-    "Describe each few-shot image, or read what was written before."
+    "Describe the few-shot images that the message is to describe, or read what was written before."
     if self.finished: return records.load_record(self.folder).result['descriptions']
     path, start = self.folder/'descriptions.json', time.perf_counter()
     if path.exists(): return json.loads(path.read_text())
     self.claim()
     names, captioner = {i.image.key: i.name for i in self.few_shot}, self.captioner()
-    write_json(path, [dict(asdict(d), name=names[d.key]) for d in captioner(self.few_shot)])
+    shown = data.balanced(self.few_shot, self.config.described, self.config.seed)
+    write_json(path, [dict(asdict(d), name=names[d.key]) for d in captioner(shown)])
     self.described = captioner.describe()
     self.timed('describe', start)
     return json.loads(path.read_text())

@@ -17,6 +17,7 @@ from ipo_nb.core import (
     known_settings,
     make_config,
     old_run_name,
+    older_defaults,
     run_folder,
     run_id,
     run_name,
@@ -69,7 +70,10 @@ def data_sha(result): return sha(result['data']['split_sha'], result['data']['fe
 def names(): return [run_name(result['settings'], data_sha(result)) for _, result, _ in searches()]
 
 
-def ids(model): return [run_id(model(**config), data_sha(result)) for _, result, config in searches()]
+def as_made(config): return older_defaults(config) | config # a stored configuration, with what it is silent about
+
+
+def ids(model): return [run_id(model(**as_made(config)), data_sha(result)) for _, result, config in searches()]
 
 
 def test_base_has_just_the_fields_that_define_a_result():
@@ -119,8 +123,8 @@ def test_another_default_renames_no_record_and_names_new_runs_apart():
 CHANGES = dict(
     transfer='shifts', patience=3, max_calls=3, max_tokens=3, max_seconds=3., max_cost=3., price_in=3., price_out=3.,
     remote_code=True, control=False, every_prompt=True, feedback='none', extremes=True, max_words=3, step_images=3,
-    holdout=True, dataset='eurosat', split='own', clip='mini', shots=3, seed=3, steps=3, candidates=3, memory=3,
-    llm='random', captioner='none', temperature=.5, top_p=.5, reply_tokens=3, precision='fp32')
+    described=3, holdout=True, dataset='eurosat', split='own', draw='hash', clip='mini', shots=3, seed=3, steps=3,
+    candidates=3, memory=3, llm='random', captioner='none', temperature=.5, top_p=.5, reply_tokens=3, precision='fp32')
 
 
 def test_every_value_that_defines_a_result_changes_the_name():
@@ -138,7 +142,15 @@ def test_what_defines_no_result_changes_no_name():
 def test_an_older_record_is_read_with_the_base_where_it_is_silent():
     old = dict(dataset='dtd', memory=3, timeout=5.)
     assert known_settings(old) == BASE | dict(dataset='dtd', memory=3)
-    assert run_name(old, 'x') == run_id(make_config(dataset='dtd', memory=3), 'x')
+    assert run_name(old, 'x') == run_id(make_config(**as_made(old)), 'x')
+    assert run_name(old, 'x') != run_id(make_config(dataset='dtd', memory=3), 'x') # which draws as CoOp does
+
+
+def test_a_record_that_names_no_draw_had_that_of_0_1_0():
+    assert older_defaults(dict(dataset='dtd')) == dict(draw='hash')
+    assert older_defaults(make_config(dataset='dtd').model_dump()) == {}
+    for _, result, config in searches():
+        assert known_settings(result['settings'])['draw'] == as_made(config)['draw']
 
 
 def test_a_setting_of_a_newer_version_is_refused_with_the_mend():
@@ -149,7 +161,7 @@ def test_a_setting_of_a_newer_version_is_refused_with_the_mend():
 def test_every_committed_search_is_found_where_it_lies():
     for folder, result, config in searches():
         out_dir = str(folder.parent.parent).removesuffix('.zip')
-        assert str(run_folder(RunConfig(**config | dict(out_dir=out_dir)), data_sha(result))) == str(folder)
+        assert str(run_folder(RunConfig(**as_made(config) | dict(out_dir=out_dir)), data_sha(result))) == str(folder)
 
 
 def test_the_records_of_the_repository_are_few_and_small():

@@ -357,7 +357,7 @@ def test_notebook_keeps_its_parameters_tag():
 
 MANY = dict(shots=16, captioner='none')
 FEW = dict(shots=2, captioner='none')
-VARIANTS = [dict(memory=0), dict(captioner='none'), MANY, MANY | dict(step_images=4), dict(max_words=4),
+VARIANTS = [dict(memory=0), dict(captioner='none'), MANY, MANY | dict(step_images=4), dict(max_words=4), dict(described=4),
             dict(candidates=2, steps=25), FEW, FEW | dict(holdout=True)]
 
 def made_up_sweeps(folder): # a run of every variant, and two of the usual settings
