@@ -252,6 +252,8 @@ class RunConfig(Ablations):
     few_shot_index:str|None = setting(None, 'place', "a published few-shot list, instead of the seed's own sample")
     draw:Literal['coop', 'hash'] = setting('coop', 'sample',
         "how the few-shot images are drawn: CoOp's own draw, or hash, that of records of 0.1.0")
+    test_images:Count = setting(0, 'sample',
+        'test images of each class, where they are drawn; 0: 24, or 40 of mini_aerial, as in 0.1.0')
     clip:str = setting('ViT-B-16/openai', 'search', 'CLIP specification')
     shots:Positive = setting(1, 'search', 'few-shot images a class')
     seed:Count = setting(1, 'sample', 'few-shot sample and sampling of the optimizer')
@@ -321,8 +323,9 @@ BASE = dict( # field -> what runs had when it was introduced; entries are added 
     transfer=None, patience=0, max_calls=0, max_tokens=0, max_seconds=0., max_cost=0., price_in=0., price_out=0.,
     remote_code=False, control=True, every_prompt=False,
     feedback='both', extremes=False, max_words=0, step_images=0, described=0, holdout=False,
-    dataset=None, split='auto', draw='hash', clip='ViT-B-16/openai', shots=1, seed=1, steps=100, candidates=5,
-    memory=20, llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None, precision='auto')
+    dataset=None, split='auto', draw='hash', test_images=0, clip='ViT-B-16/openai', shots=1, seed=1, steps=100,
+    candidates=5, memory=20, llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None,
+    precision='auto')
 
 # %% ../nbs/00_core.ipynb #f288447f
 def known_settings(settings:dict, # of result.json or config.json, however old

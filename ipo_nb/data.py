@@ -34,7 +34,7 @@ from .miniworld import GENERATOR, class_names, render, sizes
 # %% ../nbs/04_data.ipynb #5be100e4
 class _Strict(BaseModel): model_config = ConfigDict(extra='forbid', frozen=True)
 
-Settings = part_of_config('Settings', 'clip', 'shots', 'seed', 'steps', 'candidates', 'memory', base=_Strict,
+Settings = part_of_config('Settings', 'clip', 'shots', 'seed', 'steps', 'candidates', 'memory', 'test_images', base=_Strict,
     about="What a run takes from the card where a parameter is left alone (defaults: the paper's section 5).")
 
 # %% ../nbs/04_data.ipynb #0256165f
@@ -915,15 +915,15 @@ def _layout_synsets(card, home): # ImageNet's folders
     return parts, 'published'
 
 # %% ../nbs/04_data.ipynb #40e98195
-def _from_miniworld(card):
-    names, per_class = class_names(card.name), sizes(card.name)
+def _from_miniworld(card, test_images=0):
+    names, first, used = class_names(card.name), sizes(card.name), sizes(card.name, test_images)
     n, clean = len(names), [clean_name(c, card.corrections) for c in names]
-    def items(p): return [Item(MiniImage(card.name, p, i), i % n, clean[i % n]) for i in range(n*per_class[p])]
+    def items(p): return [Item(MiniImage(card.name, p, i), i % n, clean[i % n]) for i in range(n*used[p])]
     lists = [items(p) for p in PARTS]
-    counts = [len(l) for l in lists]
-    if (n, counts) != (card.classes, [card.splits.get(p) for p in PARTS]):
+    counts, said = [len(l) for l in lists], [n*first[p] for p in PARTS]
+    if (n, said) != (card.classes, [card.splits.get(p) for p in PARTS]):
         says = f'{card.classes} and {list(card.splits.values())}'
-        raise IpoError(f"the miniworld draws {n} classes and {counts} images of {card.name}, "
+        raise IpoError(f"the miniworld draws {n} classes and {said} images of {card.name}, "
                        f"and data_cards/{card.name}.md says {says}: mend the card.")
     drawn = '{:,} train, {:,} val and {:,} test images of {} classes'.format(*counts, n)
     ds = Dataset(card, clean, *lists, 'generated', f'drawn by the miniworld: {drawn}.')
@@ -1058,14 +1058,17 @@ def load_dataset(name:str, # a dataset that has a card, see `card_names`
                  data_root=None, # folder that holds the dataset's folder; for `folder`, your folder itself
                  split:str='auto', # auto, published, subset, own, or a JSON file in CoOp's form
                  check:bool=True, # look whether each image is there
-                 verbose:bool=True # print the note where the split is not the published one
+                 verbose:bool=True, # print the note where the split is not the published one
+                 test_images:int=0 # test images of each class, where they are drawn; 0: as many as the card's splits say
                 ) -> Dataset: # lists, classes, and where they come from
     "Load a dataset by its card. Raises `IpoError` in one sentence for whatever is missing, misspelt or inconsistent."
     card = load_card(name)
     layout = layout_of(card)
     if layout.drawn:
-        if split in ('auto', 'published'): return layout.draw(card)
+        if split in ('auto', 'published'): return layout.draw(card, test_images)
         raise IpoError(f"{name} is drawn and has one split only: leave split alone.")
+    if test_images:
+        raise IpoError(f"the test images of {name} are files, and no more can be drawn: leave test_images alone.")
     try: ds = _choose(card, dataset_folder(card, data_root), split, check)
     except OSError as e: raise IpoError(f"{e.filename} cannot be read ({e.strerror}): let this user read it.") from e
     if verbose and ds.split_source != 'published': print(f'{name}: {ds.note}')

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PX', 'SS', 'GX', 'GY', 'TEXTURES', 'THINGS', 'LAND', 'COLOURS', 'STYLES', 'SEASONS', 'WORLDS', 'SHIFTS', 'MINI',
-           'SPLITS', 'HUES', 'HELD_OUT_WORDS', 'SAY', 'MEDIA', 'FORMS', 'REMARKS', 'GENERATOR', 'frac', 'wave', 'turn',
-           'Rnd', 'Canvas', 'Frame', 'line', 'poly', 'round_points', 'texture', 'cells', 'look', 'noise', 'striped',
-           'zigzagged', 'wavy', 'chequered', 'grid', 'dotted', 'studded', 'bricked', 'woven', 'triangulated', 'argyle',
-           'crosshatched', 'honeycombed', 'ringed', 'spiralled', 'radiating', 'blotchy', 'marbled', 'fibrous',
-           'speckled', 'mosaic', 'sprinkled', 'labyrinthine', 'cracked', 'thing', 'star', 'heart', 'moon', 'arrow',
-           'house', 'flower', 'mushroom', 'apple', 'fish', 'butterfly', 'boat', 'car', 'cup', 'key', 'umbrella',
-           'clock', 'candle', 'ladder', 'anchor', 'crown', 'envelope', 'land', 'river', 'lake', 'forest', 'desert',
-           'farmland', 'orchard', 'highway', 'residential_area', 'airport_runway', 'harbour', 'Scene', 'class_names',
-           'sizes', 'scene', 'render', 'contact_sheet', 'caption', 'remark', 'golden']
+           'SPLITS', 'ENDLESS', 'HUES', 'HELD_OUT_WORDS', 'SAY', 'MEDIA', 'FORMS', 'REMARKS', 'GENERATOR', 'frac',
+           'wave', 'turn', 'Rnd', 'Canvas', 'Frame', 'line', 'poly', 'round_points', 'texture', 'cells', 'look',
+           'noise', 'striped', 'zigzagged', 'wavy', 'chequered', 'grid', 'dotted', 'studded', 'bricked', 'woven',
+           'triangulated', 'argyle', 'crosshatched', 'honeycombed', 'ringed', 'spiralled', 'radiating', 'blotchy',
+           'marbled', 'fibrous', 'speckled', 'mosaic', 'sprinkled', 'labyrinthine', 'cracked', 'thing', 'star', 'heart',
+           'moon', 'arrow', 'house', 'flower', 'mushroom', 'apple', 'fish', 'butterfly', 'boat', 'car', 'cup', 'key',
+           'umbrella', 'clock', 'candle', 'ladder', 'anchor', 'crown', 'envelope', 'land', 'river', 'lake', 'forest',
+           'desert', 'farmland', 'orchard', 'highway', 'residential_area', 'airport_runway', 'harbour', 'Scene',
+           'class_names', 'sizes', 'scene', 'render', 'contact_sheet', 'caption', 'remark', 'golden']
 
 # %% ../nbs/01_miniworld.ipynb #14706d38
 from dataclasses import dataclass, field
@@ -460,6 +460,7 @@ WORLDS = dict(mini_textures=TEXTURES, mini_objects=THINGS, mini_aerial=LAND)
 SHIFTS = ('sketch','noisy','dark','recoloured')
 MINI = tuple(WORLDS) + tuple(f'mini_objects_{s}' for s in SHIFTS)
 SPLITS = ('train','val','test','pretrain')
+ENDLESS = ('test','pretrain') # splits whose images have any index
 
 # %% ../nbs/01_miniworld.ipynb #6b0b77b2
 @dataclass
@@ -488,9 +489,11 @@ def class_names(dataset:str, # one of `MINI`
     return sorted(WORLDS[_world(dataset)[0]])
 
 def sizes(dataset:str, # one of `MINI`
+    test_images:int=0, # test images per class; 0: as many as version 0.1.0 had, 24 or (mini_aerial) 40
 ) -> dict: # split -> images per class
-    "Images per class of the evaluation splits; 'pretrain' has no end"
-    return dict(train=16, val=4, test=40 if _world(dataset)[0]=='mini_aerial' else 24)
+    "Images per class that are used of the evaluation splits; 'test' and 'pretrain' themselves have no end"
+    first = 40 if _world(dataset)[0]=='mini_aerial' else 24
+    return dict(train=16, val=4, test=test_images or first)
 
 # %% ../nbs/01_miniworld.ipynb #7d0c4fdf
 _SETTINGS = ('plain',)*4 + ('cluttered',)*3 + ('patterned',) + ('outdoors',)*2
@@ -509,7 +512,7 @@ def _check_place(dataset, split, index):
     "Is there such an image? IpoError for an unknown dataset or split or an index outside it"
     n = len(class_names(dataset))
     if split not in SPLITS: raise IpoError(f'There is no split {split!r} in {dataset}{nearest(split, SPLITS)}')
-    end = None if split=='pretrain' else n*sizes(dataset)[split]
+    end = None if split in ENDLESS else n*sizes(dataset)[split]
     if index<0 or end and index>=end:
         raise IpoError(f'{dataset} has no {split} image {index}: indices go from 0 to {end-1}')
 

@@ -246,7 +246,7 @@ class _Decoded:
 def _loader(clip, images, batches, workers=None):
     "Pixels of `batches` (ranges of indices) in order, by threads (0 workers) or processes."
     many = sum(map(len, batches)) >= 1024
-    if workers is None: workers = min(8, os.cpu_count() or 1) if many else 0
+    if workers is None: workers = min(8, os.cpu_count() or 1) if many and clip.device == 'cuda' else 0
     data = _Decoded(clip, images)
     return DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=data.stack,
                       pin_memory=clip.device == 'cuda', generator=torch.Generator())

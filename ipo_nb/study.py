@@ -28,7 +28,7 @@ from fastcore.script import Param, anno_parser, call_parse
 from filelock import FileLock, Timeout
 from PIL import Image
 from . import captioning, core, data, evaluation, llm, optimizer, scorer
-from .core import (ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, make_config, older_defaults, project_dir,
+from .core import (ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, known_settings, make_config, project_dir,
                          read_jsonl, run_folder, write_json)
 from .evidence import records, report
 from .paper import methods
@@ -67,7 +67,8 @@ def recorded_settings(params:dict # what the user gave
         raise IpoError(f"{path} was recorded on {recorded} and not on {wanted}: "
                        'give that dataset, or another recording.')
     settings = run.get('settings', {})
-    out = older_defaults(settings) | settings | dict(llm=f'replay:{path}')
+    said = known_settings(settings) if settings else {} # an older recording is silent about newer settings
+    out = {k: v for k, v in said.items() if k != 'dataset'} | dict(llm=f'replay:{path}')
     if out.get('captioner', '').partition(':')[0] in ('openai', 'hf'): out['captioner'] = f'replay:{path}'
     return out
 
@@ -192,7 +193,8 @@ def find_study(params:dict # `globals()` of the notebook, or a dict of parameter
     c, notes = resolve(given(params))
     optimizer.stop_rules(c) # refuses a limit of cost without a price
     scorer.check_spec(c.clip)
-    study = Study(c, data.load_dataset(c.dataset, c.data_root, c.split, verbose=False), notes)
+    dataset = data.load_dataset(c.dataset, c.data_root, c.split, verbose=False, test_images=c.test_images)
+    study = Study(c, dataset, notes)
     study.targets() # what cannot be is refused now and not after the search
     study.held()
     registry.parse_peers(c.peers)
@@ -517,7 +519,10 @@ def target(self:Study, name:str) -> evaluation.Half|str: # with all classes of a
     "The test images of another dataset; that of a user's own `folder` is looked for beside it."
     root = str(self.config.data_root)
     if self.config.dataset == 'folder' != name: root = str(Path(root).resolve().parent)
-    try: return _all_classes(self.clip, data.load_dataset(name, root if self.config.data_root else None, verbose=False))
+    place = root if self.config.data_root else None
+    drawn = data.load_card(name).settings.test_images > 0 # of drawn worlds as many as here
+    wanted = self.config.test_images*drawn
+    try: return _all_classes(self.clip, data.load_dataset(name, place, verbose=False, test_images=wanted))
     except IpoError as e:
         print(f'transfer to {name} is skipped: {e}')
         # a result names no place of this machine
