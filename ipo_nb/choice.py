@@ -407,11 +407,19 @@ def _rows(by, evidence, choices, base, novel): # [K, N] and [K, M] truth values 
                    h=harmonic_mean(*acc), against_paper=t | dict(p_holm=p), **answers)
 
 # %% ../nbs/10_choice.ipynb #9d7f619b
+def _share(rows): # takes the packed answers out of rows, which say where theirs stand; equal ones once
+    known = []
+    for row in rows:
+        answers = {half: row.pop(half) for half in ('base_correct', 'novel_correct')}
+        if answers not in known: known.append(answers)
+        row['answers'] = known.index(answers)
+    return known
+
 def compare_rules(clip,      # of the scorer
                   found:dict, # who searched -> `Evidence`
                   base,      # an `evaluation.Half`: base classes and their test images
                   novel      # the same of the novel classes
-                 ) -> dict: # about, rules, rows of by, rule, prompts, weights, few-shot and test numbers, answers
+                 ) -> dict: # about; rules; rows of by, rule, prompts, weights, numbers, place in answers; answers
     "What each rule would have chosen from each search, on the test images together."
     names = ['paper', *(name for name in RULES if name != 'paper')]
     def choose_each(evidence): return [choose(name, evidence) for name in names]
@@ -422,7 +430,8 @@ def compare_rules(clip,      # of the scorer
     for i, by in enumerate(found):
         mine = slice(i*n, (i + 1)*n)
         rows += _rows(by, found[by], choices[by], right_base[mine], right_novel[mine])
-    return dict(about=f'comparison of {n} rules of choosing on the same test images', rules=names, rows=rows)
+    about, answers = f'comparison of {n} rules of choosing on the same test images', _share(rows)
+    return dict(about=about, rules=names, rows=rows, answers=answers)
 
 # %% ../nbs/10_choice.ipynb #43d7dc8c
 def rules_markdown(compared:dict # of `compare_rules`

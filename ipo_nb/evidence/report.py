@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['summary_table', 'scores_table', 'words_table', 'paired_table', 'search_table', 'transfer_table', 'cost_table',
-           'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table', 'gallery',
-           'trajectory', 'comparison', 'words_figure', 'headline', 'parts', 'report_markdown', 'report_html',
-           'meta_prompt_html', 'figures', 'tables', 'write_report']
+           'answers_table', 'memory_tables', 'descriptions_table', 'candidates_table', 'signatures_table',
+           'choices_table', 'gallery', 'trajectory', 'comparison', 'words_figure', 'headline', 'parts',
+           'report_markdown', 'report_html', 'meta_prompt_html', 'figures', 'tables', 'write_report']
 
 # %% ../../nbs/evidence/03_report.ipynb #887cc499
 import base64
@@ -192,6 +192,25 @@ def signatures_table(record:Record # a finished run
     found = record.result['signatures']
     rows = [dict(signature=s['name'], found='yes' if s['found'] else 'no', what=s['sentence']) for s in found]
     return Table('signatures', 'Failure signatures', rows)
+
+# %% ../../nbs/evidence/03_report.ipynb #98378432
+def _choices(rows): # of `choice.compare_rules`, as a page shows them
+    for r in rows:
+        more = f" and {len(r['prompts'])-1} more" if len(r['prompts']) > 1 else ''
+        shown = {'search': r['by'], 'rule': r['rule'], 'prompts': r['prompts'][0] + more, 'loss': r['loss']}
+        scores = {'few-shot': r['accuracy'], 'base': r['base'], 'novel': r['novel'], 'H': r['h']}
+        p = r['against_paper']
+        yield shown | scores | {'p': p['p'], 'p, corrected': f"{p['p_holm']:.3g}"}
+
+def choices_table(record:Record # a run
+                 ) -> Table: # a row for each rule and search; empty for a record that compares none
+    "What each rule of choosing would have chosen; all rules on the same test images."
+    found = record.result.get('choices') or dict(about='comparison of no rules of choosing', rows=[])
+    how = "p: exact McNemar test against the paper's rule, then corrected for so many comparisons (Holm)"
+    title = f"What each rule would have chosen: {found['about']}; {how}"
+    return Table('choices', title, [*_choices(found['rows'])], ('prompts',))
+
+def _ruled(record): return [choices_table(record)] if record.result.get('choices') else []
 
 # %% ../../nbs/evidence/03_report.ipynb #de0fe4e3
 _TILE, _GAP = 1.9, .2 # inches: a picture's side, and the space between two
@@ -505,7 +524,7 @@ def _answer(record): # the prompt, what it is worth, and whether to believe it
             ('pre', record.result['chosen']['prompt']), ('list', headline(record)),
             *_table_parts(summary_table(record), *_moved(record)),
             _figure('comparison', 'Base, novel and H with 95 % intervals'),
-            ('h2', 'Should it be believed?'), *_table_parts(signatures_table(record), paired_table(record))]
+            ('h2', 'Should it be believed?'), *_table_parts(signatures_table(record), paired_table(record), *_ruled(record))]
 
 # %% ../../nbs/evidence/03_report.ipynb #fd5dde82
 def _search(record): # which words did the work, and how they were found
@@ -599,8 +618,8 @@ def tables(record:Record # a run
     "The tables that are written to files."
     judged = [summary_table(record), scores_table(record), paired_table(record), words_table(record)]
     found = [search_table(record), answers_table(record), cost_table(record), *memory_tables(record)]
-    rest = [descriptions_table(record), signatures_table(record), candidates_table(record), _facts(record)]
-    return judged + found + rest
+    rest = [descriptions_table(record), signatures_table(record), candidates_table(record)]
+    return judged + found + rest + _ruled(record) + [_facts(record)]
 
 # %% ../../nbs/evidence/03_report.ipynb #e5ec0acd
 def write_report(record:Record,    # a run
