@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'ROLES', 'Count', 'Positive', 'ELSEWHERE', 'METHOD', 'SEARCH_ALONE',
-           'RUN_FORMAT', 'BASE', 'IpoError', 'nearest', 'first_error', 'fill', 'Score', 'Scored', 'named_classes',
-           'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'sha', 'file_sha', 'seed_for', 'setting',
-           'Limits', 'Ablations', 'RunConfig', 'fields_for', 'defaults_for', 'part_of_config', 'make_config',
-           'known_settings', 'older_defaults', 'run_name', 'run_id', 'damaged', 'sweep_file', 'open_sweep',
-           'record_path', 'read_stored', 'runs_in', 'old_run_name', 'run_folder', 'write_text', 'write_json',
-           'read_jsonl', 'append_jsonl', 'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
+           'RUN_FORMAT', 'BASE', 'printable', 'IpoError', 'nearest', 'first_error', 'fill', 'Score', 'Scored',
+           'named_classes', 'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'unclean', 'sha',
+           'file_sha', 'seed_for', 'setting', 'check_secrets', 'Limits', 'Ablations', 'RunConfig', 'fields_for',
+           'defaults_for', 'part_of_config', 'make_config', 'known_settings', 'older_defaults', 'run_name', 'run_id',
+           'damaged', 'sweep_file', 'open_sweep', 'record_path', 'read_stored', 'runs_in', 'old_run_name', 'run_folder',
+           'disk_error', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl', 'project_dir', 'cards_dir',
+           'models_dir', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #59d5e7e6
-import errno, gzip, hashlib, json, os, re, struct, zipfile, zlib
+import errno, gzip, hashlib, html, json, os, re, struct, unicodedata, zipfile, zlib
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -23,10 +24,18 @@ from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from tqdm import tqdm
 
+# %% ../nbs/00_core.ipynb #b9a2eee3
+def _escape(c): return c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode()
+
+def printable(text # anything
+             ) -> str: # the same where it is plain text; what a terminal would obey or hide is written out
+    "Text that is safe to print at a terminal."
+    return ''.join(map(_escape, str(text)))
+
 # %% ../nbs/00_core.ipynb #f82ed706
 class IpoError(Exception):
     "A mistake that the user can mend: one sentence that says what is wrong, where, and the mend."
-    def _render_traceback_(self): return [f'IpoError: {self}']
+    def _render_traceback_(self): return [f'IpoError: {printable(self)}']
 
 # %% ../nbs/00_core.ipynb #9061e752
 def nearest(name:str, # what the user typed
@@ -149,7 +158,8 @@ class Reply:
     calls:int=0      # requests that it took; 0: it is part of another reply
 
 # %% ../nbs/00_core.ipynb #73bb3ded
-STATUSES = ('accepted', 'duplicate', 'no placeholder', 'two placeholders', 'too long', 'names a class', 'empty')
+STATUSES = ('accepted', 'duplicate', 'no placeholder', 'two placeholders', 'too long', 'names a class', 'empty',
+            'unclean') # the last one since 0.2.0: a record without any does not name it
 
 @dataclass(frozen=True)
 class Candidate:
@@ -158,6 +168,26 @@ class Candidate:
     status:str            # one of `STATUSES`
     loss:float=None       # nats, of accepted ones
     accuracy:float=None   # 0-100, of accepted ones
+
+# %% ../nbs/00_core.ipynb #fb593f11
+_MARKS = (r'<\|[^<>\n]{0,80}\|>', r'<[ /]?(?:start|end)_?of_?\w{1,20} ?>', r'<(?:extra_id_|unused)\d{0,5}>',
+          r'</?(?:s|bos|eos|sot|eot|sos|pad|unk|mask|sep|cls)>', r'\[(?:CLS|SEP|PAD|MASK|UNK|BOS|EOS)\]')
+_MARK = re.compile('|'.join(_MARKS), re.I)
+_UNSEEN = set('\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0') # fillers, and selectors of variants
+_UNSEEN |= {*map(chr, range(0x180b, 0x1810)), *map(chr, range(0xfe00, 0xfe10))}
+
+def _as_tokenized(text):
+    "A text as a tokenizer cleans it: HTML's entities and the wide forms of letters undone."
+    for _ in range(4): text = html.unescape(text)
+    return unicodedata.normalize('NFKC', text)
+
+def unclean(text:str # prompt or class name
+           ) -> str: # what it holds that it may not, in words; '' where it is clean
+    "Why a text cannot go to a tokenizer as it stands."
+    hidden = next((c for c in text if not c.isprintable() or c in _UNSEEN), '')
+    if hidden: return f'the character U+{ord(hidden):04X}, which cannot be seen'
+    mark = _MARK.search(_as_tokenized(text))
+    return f'the special token {mark[0]}' if mark else ''
 
 # %% ../nbs/00_core.ipynb #a237be56
 def _bytes(part):
@@ -201,6 +231,24 @@ def setting(default,  # what a run has that does not say; `...`: it has to say
     "A field of a configuration that says what it is for."
     if role not in ROLES: raise ValueError(f"no role '{role}'; the roles are {', '.join(ROLES)}")
     return Field(default, description=about, json_schema_extra=dict(role=role), **limits)
+
+# %% ../nbs/00_core.ipynb #684d10bf
+_BEFORE_HOST = r'://[^/?#]*@|(?<=[^:@])@[^@/\s]*:[^@\s]*@|(?<=[^:@])@[^@/\s]+@(?!\w+:/)'
+_BEHIND_PATH = r'@[^@\s]*[?#]|://[^\s?#]*[?#]'
+_A_KEY = r'(?<![A-Za-z0-9])(?:(?:sk|pk|xai|nvapi)[-_]|(?:hf|gsk|ghp)_|AIza|eyJ)(?=[A-Za-z_.-]*\d)[\w.-]{12,}'
+_SECRET = re.compile('|'.join((_BEFORE_HOST, _BEHIND_PATH, _A_KEY)))
+
+def check_secrets(value,    # anything; a text is looked at, and texts inside lists and dictionaries
+                  where:str # what it is, in a sentence
+                 ) -> None:
+    "Raises `IpoError`, which does not repeat the text, where an address holds a password or a key."
+    if isinstance(value, dict): value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for v in value: check_secrets(v, where)
+        return
+    text = value if isinstance(value, str) else ''
+    if ('://' in text or text.startswith('openai:')) and _SECRET.search(text):
+        raise IpoError(f"{where} may hold no password or key, since it is recorded: put the key into OPENAI_API_KEY.")
 
 # %% ../nbs/00_core.ipynb #68fb2ed0
 Count = Annotated[int, Field(ge=0)]
@@ -309,6 +357,7 @@ _LISTED = '`papermill --help-notebook run_dataset.ipynb` lists them all'
 def make_config(**params # fields of `RunConfig`
                ) -> RunConfig: # validated
     "Validate parameters. Raises `IpoError` that names the first wrong one."
+    for name, value in params.items(): check_secrets(value, f"parameter '{name}'")
     try: return RunConfig(**params)
     except ValidationError as e: name, err = first_error(e)
     if err['type'] == 'extra_forbidden':
@@ -448,7 +497,9 @@ _REFUSED = {errno.ENOSPC: 'the disk is full: free some space',
             errno.EROFS: 'the file system is read-only: choose another out_dir',
             errno.EACCES: 'it may not be written: choose another out_dir'}
 
-def _disk_error(e, path):
+def disk_error(e:OSError, # of a write
+               path       # what was to be written
+              ) -> Exception: # an `IpoError` where the user can mend it, else the error itself
     "What the operating system refused, as one sentence."
     why = _REFUSED.get(e.errno)
     if not why: return e
@@ -474,7 +525,7 @@ def write_text(path, # file to write
                 _flush(f)
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
-    except OSError as e: raise _disk_error(e, path) from e
+    except OSError as e: raise disk_error(e, path) from e
     return path
 
 def write_json(path, # file to write
@@ -527,7 +578,7 @@ def append_jsonl(path, # a journal
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+b') as f: _append(f, line)
-    except OSError as e: raise _disk_error(e, path) from e
+    except OSError as e: raise disk_error(e, path) from e
 
 # %% ../nbs/00_core.ipynb #1a192b37
 _package = Path(__file__).parent if '__file__' in globals() else Path.cwd().parent/'ipo_nb'

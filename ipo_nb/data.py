@@ -28,7 +28,7 @@ from fastcore.basics import patch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .core import (IpoError, PLACEHOLDER, cards_dir, file_sha, first_error, nearest, part_of_config,
-                         project_dir, sha)
+                         printable, project_dir, sha, unclean)
 from .miniworld import GENERATOR, class_names, render, sizes
 
 # %% ../nbs/04_data.ipynb #5be100e4
@@ -505,6 +505,8 @@ def _check_names(ds):
     title, known = ds.card.title, set(map(str.casefold, ds.card.twins))
     if '' in ds.classes:
         raise IpoError(f"a class of {title} has an empty name once underscores are spaces: rename its folder.")
+    odd, why = next(((n, unclean(n)) for n in ds.classes if unclean(n)), ('', ''))
+    if odd: raise IpoError(f"the class '{printable(odd)}' of {title} holds {why}: rename its folder or its label.")
     for half in halves(ds):
         times = Counter(map(str.casefold, half))
         twice = next((n for n, k in times.items() if k > 1 and n not in known), None)

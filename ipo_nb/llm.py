@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLMS', 'CONTROL_WORDS', 'SMOLLM2', 'ContextTooLong', 'LLM', 'Sampling', 'llm_scheme', 'llm_forms', 'load_llm', 'Mock',
            'Calls', 'Recorded', 'recorded_run', 'Replay', 'edit', 'RandomControl', 'continue_text', 'smollm2_gguf',
-           'file_sizes', 'whole', 'build_once', 'hub_answers', 'load_smollm2', 'smollm2_at_hand', 'SlotOnce',
+           'contents', 'whole', 'build_once', 'hub_answers', 'load_smollm2', 'smollm2_at_hand', 'SlotOnce',
            'cpu_threads', 'SmolLM2', 'LocalChat', 'split_endpoint', 'is_local', 'endpoint_error', 'OpenAIChat',
            'ByHand', 'default_llm']
 
@@ -224,6 +224,7 @@ def recorded_run(path # a calls.jsonl
     if not lines: raise IpoError(f"the replay file {path} is empty: {_GIVE}")
     fits = lambda line: isinstance(line, dict) and ('key' in line or 'run' in line)
     if not all(map(fits, lines)): raise IpoError(f"{path} is no recording: {_GIVE}")
+    for line in lines: check_secrets([line.get('run'), line.get('request')], f'an address in {path}')
     return lines[0].get('run', {})
 
 # %% ../nbs/02_llm.ipynb #a0d1496f
@@ -367,16 +368,18 @@ def _quiet():
         if bars: logging.enable_progress_bar()
 
 # %% ../nbs/02_llm.ipynb #559073cc
-def file_sizes(folder:Path # a cached model
-              ) -> dict: # file name -> bytes, without `sizes.json`
-    "What `sizes.json` says of a whole folder: its writer puts it there last."
-    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != 'sizes.json'}
+def contents(folder:Path # a cached model
+            ) -> dict: # file name -> bytes and SHA-256, without `contents.json`
+    "What is in a folder."
+    files = [f for f in sorted(folder.iterdir()) if f.name != 'contents.json']
+    return {f.name: [f.stat().st_size, file_sha(f)] for f in files}
 
 def whole(folder:Path # a cached model
-         ) -> bool: # is every file there at its full size?
-    "A folder that was written to its end and not damaged since."
-    try: return json.loads((folder/'sizes.json').read_text()) == file_sizes(folder)
+         ) -> bool: # is it what was written, and written under this name?
+    "A folder that was written to its end and not damaged since: `build_once` says last what is in it, and for what."
+    try: said = json.loads((folder/'contents.json').read_text())
     except (OSError, ValueError): return False
+    return said == dict(key=folder.name, files=contents(folder))
 
 # %% ../nbs/02_llm.ipynb #8d28c326
 def _exchange(folder, build):
@@ -385,6 +388,7 @@ def _exchange(folder, build):
         new = Path(tmp)/'new'
         new.mkdir()
         build(new)
+        write_json(new/'contents.json', dict(key=folder.name, files=contents(new)))
         if folder.exists(): os.replace(folder, Path(tmp)/'old')
         os.replace(new, folder)
 
@@ -395,6 +399,7 @@ def build_once(folder:Path, # where the result should lie
     "Build a folder beside its place and move it there; a whole one is left as it is. Raises `IpoError` on a full disk."
     with FileLock(str(folder) + '.lock'):
         if whole(folder): return folder
+        if folder.exists(): print(f'the model cache {folder} is damaged or of an older version: it is made anew')
         if say: print(say)
         try: _exchange(folder, build)
         except OSError as e:
@@ -413,7 +418,6 @@ def _unpack(gguf, folder):
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    write_json(folder/'sizes.json', file_sizes(folder))
 
 # %% ../nbs/02_llm.ipynb #0ff16454
 def hub_answers() -> bool:
@@ -602,6 +606,7 @@ def _hf(rest, sampling, device='auto', **_): return LocalChat(rest, sampling, de
 def split_endpoint(rest:str # MODEL or MODEL@BASE_URL
                   ) -> tuple: # model, base URL or None
     "Take an endpoint apart. Raises `IpoError` on an address that is none, or that holds a password."
+    check_secrets(f'openai:{rest}', 'the address of an endpoint')
     m = re.fullmatch(r'(.+?)@(\w+://.*)', rest)
     if m: return m[1], _checked(m[1], m[2]).rstrip('/')
     if '@' not in rest[1:]: return rest, None
@@ -614,10 +619,7 @@ def _checked(model, url):
     if u.scheme not in ('http', 'https') or not u.hostname:
         raise IpoError(f"the address in 'openai:{model}@...' is none: write it as http://HOST:PORT/v1.")
     if not re.search(r'/v\d', u.path):
-        seen = f"{u.scheme}://{u.netloc.split('@')[-1]}{u.path}"
-        raise IpoError(f"the address in 'openai:{model}@{seen}' has no version: such an address usually ends in /v1.")
-    if u.username or u.query:
-        raise IpoError("an address may hold no password or key, since it is recorded: put the key into OPENAI_API_KEY.")
+        raise IpoError(f"the address in 'openai:{model}@{url}' has no version: such an address usually ends in /v1.")
     return url
 
 # %% ../nbs/02_llm.ipynb #e8fef4b0
@@ -676,9 +678,22 @@ def _complaint(e, status, model, key):
 # %% ../nbs/02_llm.ipynb #c3fe3d83
 _MOST = 100_000 # characters of a reply that are kept
 
-def _count(n): return n if isinstance(n, int) and n > 0 else 0
+_MOST_TOKENS = 10**7 # of one answer: more than any model reads
+
+def _possible(n): return n is None or type(n) is int and 0 <= n <= _MOST_TOKENS
+
+def _usage(usage):
+    "What a server says that an answer has cost, and a note where that cannot be."
+    said = [getattr(usage, kind, None) for kind in ('prompt_tokens', 'completion_tokens')]
+    odd = [n for n in said if not _possible(n)]
+    note = f'; token counts that cannot be: {_short(odd[0])}' if odd else ''
+    return [n if n and _possible(n) else 0 for n in said], note
 
 def _clean(text, key): return str(text).encode(errors='replace').decode().replace(key, '***')
+
+def _short(text, most=40): # a word of a server, in one line
+    line = ' '.join(printable(str(text)[:4*most]).split())
+    return line if len(line) <= most else line[:most-1] + '…'
 
 def _reply(r, key):
     "What an endpoint sent as a `Reply`, whatever it is."
@@ -686,12 +701,12 @@ def _reply(r, key):
     message, usage = getattr(choice, 'message', None), getattr(r, 'usage', None)
     text, refusal = getattr(message, 'content', None) or '', getattr(message, 'refusal', None)
     if isinstance(text, list): text = ''.join(str(p.get('text', '')) for p in text if isinstance(p, dict))
-    text, note = _clean(text, key), str(getattr(choice, 'finish_reason', None) or 'no choices')
+    text, note = _clean(text, key), _short(_clean(getattr(choice, 'finish_reason', None) or 'no choices', key))
     if len(text) > _MOST: note = f'cut: {len(text)} characters'
     elif refusal: note = 'refused: ' + ' '.join(_clean(refusal, key).split())[:160]
     elif note == 'stop': note = '' if text else 'an empty answer'
-    spent = [_count(getattr(usage, kind, 0)) for kind in ('prompt_tokens', 'completion_tokens')]
-    return Reply(text[:_MOST], *spent, note, 1)
+    spent, odd = _usage(usage)
+    return Reply(text[:_MOST], *spent, (note + odd).removeprefix('; '), 1)
 
 # %% ../nbs/02_llm.ipynb #f75d8495
 class OpenAIChat(LLM):
@@ -704,12 +719,13 @@ class OpenAIChat(LLM):
         key = api_key or os.environ.get('OPENAI_API_KEY') or ('none' if url and is_local(url) else '')
         if not key: raise IpoError(f"llm 'openai:{model}' needs a key: set OPENAI_API_KEY, or use llm smollm2.")
         self.model, self.sampling, self.concurrency, self.dropped = model, sampling, concurrency, []
+        check_secrets(os.environ.get('OPENAI_BASE_URL'), 'OPENAI_BASE_URL')
         self._client = OpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=max_retries)
         self.url = str(self._client.base_url).rstrip('/')
 
     def __call__(self, meta, n, seed):
         reply = self._one(meta.message, n, seed)
-        missing = n - reply.text.count('</INS>') if reply.note == 'length' and n > 1 else 0
+        missing = n - reply.text.count('</INS>') if reply.note.startswith('length') and n > 1 else 0
         singly = meta.message + '\n\nThis time write only one prompt.'
         ask = lambda i: self._one(singly, 1, (seed + i) % 2**32)
         with ThreadPoolExecutor(self.concurrency) as pool: return [reply, *pool.map(ask, range(1, missing + 1))]
@@ -814,7 +830,7 @@ class ByHand(LLM):
         return [Reply(said.strip(), len(meta.message.split()), len(said.split()), calls=1)]
 
     def _typed(self, text):
-        print(text)
+        print(printable(text))
         return '\n'.join(_lines(self.read))
 
     def _pasted(self, text, name):

@@ -262,6 +262,7 @@ def summary(self:Search, why:str # the reason for stopping
     counts = dict.fromkeys(STATUSES, 0)
     for line in self.lines[1:]:
         for c in line['candidates']: counts[c['status']] += 1
+    if not counts['unclean']: del counts['unclean'] # as in records that are older than the word
     s, llm = self.spent, getattr(self.llm, 'spec', 'function')
     return dict(llm=llm, steps=s.steps, calls=s.calls, scored=s.scored, status=counts, stop=why,
                 tokens_in=s.tokens_in, tokens_out=s.tokens_out, cost=s.cost,

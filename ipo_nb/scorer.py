@@ -297,12 +297,18 @@ def _mapped(file):
     "Features that the file holds; pages are read when they are looked at."
     with safe_open(file, 'pt') as f: return f.get_tensor('features')
 
+def _origin(file, feats): # a single text: safetensors writes several in any order
+    "What a file says of itself: the hash of its content, and the name under which it was written."
+    return dict(made=f'{file.stem} {_tensors_sha(dict(features=feats))}')
+
+def _held(file, feats): return to_bytes({'features': feats}, _origin(file, feats))
+
 def _sound(file, n):
-    "Does the file hold `n` unit vectors? False where there is none or it is damaged."
-    try: feats = _mapped(file)
+    "Does the file hold `n` vectors as they were written, and for this name? False where there is none."
+    try:
+        with safe_open(file, 'pt') as f: said, feats = f.metadata(), f.get_tensor('features')
     except (OSError, ValueError, SafetensorError): return False
-    if feats.ndim != 2 or len(feats) != n or feats.dtype != torch.float32: return False
-    return bool(((feats.norm(dim=-1) - 1).abs() < .01).all())
+    return len(feats) == n and said == _origin(file, feats)
 
 # %% ../nbs/03_scorer.ipynb #df1447fb
 SHARD, WHOLE = 4096, 16_384 # images in a file, and in a set that is returned as a tensor
@@ -328,6 +334,11 @@ class Features:
         return out
 
 # %% ../nbs/03_scorer.ipynb #0adeea9d
+def _say_damaged(files):
+    if not files: return
+    more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+    print(f'the image features {files[0].name[:12]}{more} are damaged or of an older version: they are made anew')
+
 def image_features(clip:Clip, # loaded model
                    images,    # objects with .key, .open(), and .stamp() or .sha()
                    cache=None,# folder; None: the user's cache folder; False: no cache, all in memory
@@ -342,8 +353,9 @@ def image_features(clip:Clip, # loaded model
     facts, folder = _model_facts(clip), cache or cache_dir('features')
     files = [_cache_file(facts, images[a:b], folder) for a, b in spans]
     todo = [(file, span) for file, span in zip(files, spans) if not _sound(file, span[1] - span[0])]
+    _say_damaged([file for file, _ in todo if file.exists()])
     new = _encode_images(clip, images, [span for _, span in todo], workers) if todo else ()
-    for feats, (file, _) in zip(new, todo): write_text(file, to_bytes({'features': feats}))
+    for feats, (file, _) in zip(new, todo): write_text(file, _held(file, feats))
     found = Features(files, n, SHARD)
     return found if n > WHOLE else found[:]
 

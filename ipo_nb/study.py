@@ -46,6 +46,7 @@ def given(namespace:dict # `globals()` of a notebook after its parameters cell
     "The parameters of a notebook. Raises `IpoError` for a name that is no parameter: papermill itself only warns."
     names = {k: v for k, v in namespace.items() if _is_value(k, v)}
     for name in names.keys() - RunConfig.model_fields.keys(): make_config(dataset='', **{name: names[name]})
+    for name, value in names.items(): core.check_secrets(value, f"parameter '{name}'")
     return {k: v for k, v in names.items() if v is not None}
 
 # %% ../nbs/11_study.ipynb #4dc3e0f7
@@ -440,7 +441,8 @@ def choose(self:Study, search # a finished one
 
 # %% ../nbs/11_study.ipynb #fd3c5b0a
 @patch
-def say_stopped(self:Study, search, why) -> None: print(f'stopped: {why}; chosen: {self.chosen(search)}')
+def say_stopped(self:Study, search, why) -> None:
+    print(core.printable(f'stopped: {why}; chosen: {self.chosen(search)}'))
 
 def _told(c): # what the meta-prompt says
     return dict(with_loss=c.feedback in ('both', 'loss'), with_accuracy=c.feedback in ('both', 'accuracy'),
@@ -565,7 +567,7 @@ def target(self:Study, name:str) -> evaluation.Half|str: # with all classes of a
     wanted = self.config.test_images*drawn
     try: return _all_classes(self.clip, data.load_dataset(name, place, verbose=False, test_images=wanted))
     except IpoError as e:
-        print(f'transfer to {name} is skipped: {e}')
+        print(core.printable(f'transfer to {name} is skipped: {e}'))
         # a result names no place of this machine
         return str(e).replace(f'data_root {root}', 'data_root').replace(root, 'data_root')
 
@@ -675,7 +677,7 @@ def finish(self:Study) -> records.Record: # the finished record
     "Do what is missing, evaluate, write the record with its figures and tables, and free the folder."
     if not self.finished:
         result = self.result()
-        write_json(self.folder/'manifest.json', self.manifest())
+        write_json(self.folder/'manifest.json', self.manifest() | dict(result_sha=core.sha(result)))
         write_json(self.folder/'result.json', result) # from here on the study is finished
         self.lock.release()
     self.folder = records.unpack(self.folder) # its report is drawn beside it
@@ -750,7 +752,7 @@ def run_peers(self:Study, record:records.Record) -> list: # records, as `records
         try: out += self.peer(name, task, record)
         except IpoError as e:
             left_out[name] = str(e)
-            print(f'peer {name} is left out: {e}')
+            print(core.printable(f'peer {name} is left out: {e}'))
     write_json(self.folder/'peers.json', dict(asked=self.config.peers, left_out=left_out))
     out = methods.with_seeds(out, self.config.out_dir)
     methods.write_side_by_side(out, self.folder/'peers')
@@ -828,6 +830,7 @@ def run_notebook(params:dict, # parameters of `run_dataset.ipynb`
         if e.ename == 'IpoError': raise IpoError(e.evalue) from None
         if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
         raise
+    except OSError as e: raise core.disk_error(e, out) from e # papermill writes the notebook after each cell
     return out
 
 # %% ../nbs/11_study.ipynb #3b8e6c26
@@ -835,7 +838,7 @@ def interrupted(kept): return f'interrupted; {kept} are kept, and the same comma
 
 def end(command:str, why, code=1) -> int: # the code
     "Say at a terminal why a command ends."
-    print(f'\n{command}: {why}', file=sys.stderr)
+    print(core.printable(f'\n{command}: {why}'), file=sys.stderr)
     return code
 
 # %% ../nbs/11_study.ipynb #6463b30b
@@ -846,7 +849,7 @@ def run(params:dict, # parameters of `run_dataset.ipynb`
     try:
         study = find_study(dict(dataset='mini_textures') | params) # the notebook's default
         if study.complete and not output:
-            print(study.intro(), closing(study.finish()), sep='\n')
+            print(core.printable(f'{study.intro()}\n{closing(study.finish())}'))
             return 0
         print(f'notebook  {run_notebook(params, output)}')
         return 0

@@ -278,11 +278,21 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 def test_a_killed_build_is_built_again(tmp_path):
     (tmp_path/'m').mkdir()
-    (tmp_path/'m'/'a').write_text('half') # no sizes.json: its writer died
-    def build(d):
-        (d/'a').write_text('all of it')
-        L.write_json(d/'sizes.json', L.file_sizes(d))
+    (tmp_path/'m'/'a').write_text('half') # no contents.json: its writer died
+    def build(d): (d/'a').write_text('all of it')
     assert (L.build_once(tmp_path/'m', build)/'a').read_text() == 'all of it'
+
+def test_a_damaged_model_folder_is_made_anew_with_a_line(tmp_path, capsys):
+    def build(d): (d/'weights').write_bytes(bytes(range(200)))
+    folder = L.build_once(tmp_path/'m', build)
+    whole = (folder/'weights').read_bytes()
+    for damage in (whole[:-1], b'', b'\0'*200, whole[:9] + b'\x08' + whole[10:], whole[100:] + whole[:100]):
+        (folder/'weights').write_bytes(damage)
+        assert (L.build_once(folder, build)/'weights').read_bytes() == whole
+        assert 'damaged or of an older version: it is made anew' in capsys.readouterr().out
+    L.build_once(tmp_path/'other', lambda d: (d/'weights').write_bytes(b'x'))
+    for f in (tmp_path/'other').iterdir(): (folder/f.name).write_bytes(f.read_bytes()) # made for another key
+    assert (L.build_once(folder, build)/'weights').read_bytes() == whole
 
 def test_no_wheel_and_no_hub(monkeypatch):
     monkeypatch.setattr(L, 'smollm2_gguf', lambda: None)

@@ -171,10 +171,16 @@ def test_the_file_is_for_one_peer_one_class_list_and_one_clip(task, tmp_path):
     with pytest.raises(IpoError, match=r'by another peer \(both\): train Other'): load_learned(Other(), task, file)
     task.base = task.base[::-1]
     with pytest.raises(IpoError, match='on another class list: train Both'): load_learned(Both(), task, file)
+    peer_clip = task.clip
     task.base, task.clip = task.base[::-1], tiny_clip(seed=5)
     with pytest.raises(IpoError, match='on another CLIP'): load_learned(Both(), task, file)
-    file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(IpoError, match='delete it'): load_learned(Both(), task, file)
+    task.clip, task.seed = peer_clip, task.seed + 1
+    with pytest.raises(IpoError, match='from other few-shot images: train Both'): load_learned(Both(), task, file)
+    task.seed -= 1
+    whole = file.read_bytes()
+    for damage in (whole[:40], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 128]), b'\0'*len(whole), b''):
+        file.write_bytes(damage)
+        with pytest.raises(Damaged, match='delete it'): load_learned(Both(), task, file)
 
 def test_towers_that_a_peer_cannot_use(task):
     task.clip.model.visual = torch.nn.Flatten()

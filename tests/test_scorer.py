@@ -5,6 +5,7 @@ import numpy as np, open_clip, pytest, torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg
 from PIL import Image
+from safetensors.torch import save as to_bytes
 from ipo_nb.core import IpoError, Score, fill, models_dir, project_dir, sha
 from ipo_nb.scorer import (Clip, check_length, image_features, load_clip, predict, score, text_features, token_length)
 
@@ -113,7 +114,7 @@ def test_duplicates_are_encoded_once(monkeypatch):
     a, b, c = score(clip, ['a <CLASS>', 'b <CLASS>', 'a <CLASS>'], NAMES, torch.randn(5, 24), [0, 1, 2, 3, 4])
     assert a == c and isinstance(b, Score) and seen == ['a <CLASS>', 'b <CLASS>']
 
-def test_features_are_computed_once_and_survive_damage(pictures, tmp_path, monkeypatch):
+def test_features_are_computed_once_and_survive_damage(pictures, tmp_path, monkeypatch, capsys):
     clip, calls, folder = tiny(), [], tmp_path/'cache'
     real = clip.model.encode_image
     monkeypatch.setattr(clip.model, 'encode_image', lambda x: calls.append(len(x)) or real(x))
@@ -122,13 +123,22 @@ def test_features_are_computed_once_and_survive_damage(pictures, tmp_path, monke
     assert calls == [6]
     file, = folder.iterdir()
     whole = file.read_bytes()
-    for damage in (b'', whole[:50], whole[:-7], b'\0'*len(whole), b'nonsense'):
+    start = len(whole) - first.nbytes # of the vectors, behind the header
+    flipped = whole[:start+2] + bytes([whole[start+2] ^ 1]) + whole[start+3:]
+    other = to_bytes({'features': first}, dict(made=f'{"0"*64} {"0"*64}'))
+    turned, swapped = (whole[:start] + x.numpy().tobytes() for x in (-first, first[[1, 0, 2, 3, 4, 5]]))
+    damages = [b'', whole[:50], whole[:-7], b'\0'*len(whole), b'nonsense', flipped, other, turned, swapped]
+    for damage in damages:
         file.write_bytes(damage)
         assert torch.equal(image_features(clip, pictures, folder), first) and file.read_bytes() == whole
-    assert calls == [6]*6
+        assert 'damaged or of an older version: they are made anew' in capsys.readouterr().out
+    assert calls == [6]*10
     image_features(clip, pictures[:5], folder)               # other images
     pictures[0].path.write_bytes(pictures[1].path.read_bytes()) # other content under the same name
-    assert not torch.equal(image_features(clip, pictures, folder), first) and len(calls) == 8
+    assert not torch.equal(image_features(clip, pictures, folder), first) and len(calls) == 12
+    changed = image_features(clip, pictures, folder)
+    for f in folder.iterdir(): f.write_bytes(whole)             # a file of another key, copied over
+    assert torch.equal(image_features(clip, pictures, folder), changed) and capsys.readouterr().out
     assert len(list(folder.iterdir())) == 3
 
 def test_other_weights_have_other_features(pictures, tmp_path):

@@ -96,6 +96,16 @@ def html(self:Table) -> str: # a <table>
     return '\n'.join(['<table>', _tr('th', map(safe, self.columns)), *lines, '</table>'])
 
 # %% ../../nbs/evidence/01_show.ipynb #651de28e
+def _is_number(text):
+    try: float(text)
+    except ValueError: return False
+    return True
+
+def _cell_text(value): # what a spreadsheet would compute becomes a text; numbers stay numbers
+    if not isinstance(value, str): return value
+    formula = value[:1] in tuple('=+-@\t\r') and len(value) > 1 and not _is_number(value)
+    return printable(f"'{value}" if formula else value)
+
 _ENDS = ('', '_sd', '_low', '_high', '_best')
 
 def _apart(value, col): # a cell as columns of CSV
@@ -111,9 +121,9 @@ def csv(self:Table) -> str: # the whole file
         rows.append({})
         for c in self.columns: rows[-1] |= _apart(r[c], c) if c in split else {c: r[c]}
     f = io.StringIO()
-    w = csv.DictWriter(f, list(rows[0]) if rows else [], lineterminator='\n')
-    w.writeheader()
-    w.writerows(rows)
+    w = csv.writer(f, lineterminator='\n')
+    w.writerow([*map(_cell_text, rows[0])] if rows else [])
+    for row in rows: w.writerow([*map(_cell_text, row.values())])
     return f.getvalue()
 
 # %% ../../nbs/evidence/01_show.ipynb #2d24859b

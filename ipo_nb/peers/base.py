@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINING', 'tiny_clip', 'embed', 'text_forward', 'image_forward', 'Slots', 'slots', 'word_vectors', 'Task',
            'make_task', 'crop_boxes', 'Images', 'Batch', 'rate', 'Diverged', 'train', 'Peer', 'cost', 'Learner',
-           'save_learned', 'load_learned']
+           'Damaged', 'save_learned', 'load_learned']
 
 # %% ../../nbs/peers/00_base.ipynb #b7b53220
 import json, math, os
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.utils.checkpoint import checkpoint
 from ..core import *
-from ..data import few_shot, halves, subset
+from ..data import few_shot, halves, items_sha, subset
 from ..scorer import Clip, check_length, image_features
 
 # %% ../../nbs/peers/00_base.ipynb #0e4611a1
@@ -558,23 +558,39 @@ def load(self:Learner, task, settings, state):
         raise IpoError(f"{what}: learn them again.") from e
 
 # %% ../../nbs/peers/00_base.ipynb #dbecba91
-def _origin(peer, task): return dict(peer=peer.name, classes=sha(task.base), clip=task.clip.weights[1])
+class Damaged(IpoError):
+    "A file of learned tensors that is not what was written: it can be learned again."
+
+def _origin(peer, task):
+    sample = sha(items_sha(task.few_shot), task.shots, task.seed)
+    return dict(peer=peer.name, classes=sha(task.base), clip=task.clip.weights[1], sample=sample)
+
+def _content(state): return sha(*(part for k, v in sorted(state.items()) for part in (k, list(v.shape), _bytes_of(v))))
+
+def _bytes_of(tensor): return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 def save_learned(peer:Peer, task:Task, path # a fitted peer, its task, the file
                 ) -> Path: # the file
     "Write what a peer has learned."
-    meta = _origin(peer, task) | dict(settings=json.dumps(peer.used, sort_keys=True))
-    return write_text(path, to_bytes(peer.state(), meta))
+    state = peer.state()
+    meta = _origin(peer, task) | dict(settings=json.dumps(peer.used, sort_keys=True), content=_content(state))
+    return write_text(path, to_bytes(state, meta))
 
-_OTHERS = dict(peer='by another peer', classes='on another class list', clip='on another CLIP')
+_OTHERS = dict(peer='by another peer', classes='on another class list', clip='on another CLIP',
+               sample='from other few-shot images')
+
+def _read_learned(path): # metadata, tensors
+    with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    if meta.get('content') != _content(state): raise ValueError('its content is not what was written')
+    return meta, state
 
 def load_learned(peer:Peer, task:Task, path # an empty peer, the task, the file
                 ) -> Peer: # the peer
-    "Read what was learned. Raises `IpoError` for a damaged file, or one of another peer, class list or CLIP."
-    try:
-        with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError) as e:
-        raise IpoError(f"{path} cannot be read: delete it and train {peer.title} again.") from e
+    """Read what was learned. Raises `Damaged` for a file that is not as it was written, and `IpoError` for one of
+    another peer, class list, few-shot sample or CLIP."""
+    try: meta, state = _read_learned(path)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise Damaged(f"{path} cannot be read: delete it and train {peer.title} again.") from e
     for k, wanted in _origin(peer, task).items():
         if meta.get(k) == wanted: continue
         what = f"{_OTHERS[k]} ({meta.get(k)})" if k == 'peer' else _OTHERS[k]

@@ -121,13 +121,16 @@ def identity(peer, settings:dict, task # a `Peer`, its complete settings, `Task`
 
 # %% ../../nbs/peers/08_registry.ipynb #7706faee
 def _learn(peer, settings, task): # cost and seconds; learned now, or before a run was cut off
-    from ipo_nb.peers.base import load_learned, save_learned
+    from ipo_nb.peers.base import Damaged, load_learned, save_learned
     tensors, facts = task.folder/'learned.safetensors', task.folder/'learning.json'
     if peer.kind == 'gradient' and tensors.exists() and facts.exists():
-        load_learned(peer, task, tensors)
-        found = read_record_file(facts)
-        peer.note = found.get('note', '')
-        return found
+        try:
+            load_learned(peer, task, tensors)
+            found = read_record_file(facts)
+            peer.note = found.get('note', '')
+            return found
+        except Damaged:
+            print(f'the learned tensors of {peer.title} are damaged or of an older version: they are learned anew')
     start = time.perf_counter()
     spent = peer.fit(task, settings)
     seconds = round(time.perf_counter() - start, 2)
