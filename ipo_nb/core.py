@@ -6,11 +6,11 @@
 __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'ROLES', 'Count', 'Positive', 'ELSEWHERE', 'METHOD', 'SEARCH_ALONE',
            'RUN_FORMAT', 'BASE', 'printable', 'IpoError', 'nearest', 'first_error', 'fill', 'Score', 'Scored',
            'named_classes', 'names_class', 'mask_classes', 'MetaPrompt', 'Reply', 'Candidate', 'unclean', 'sha',
-           'file_sha', 'seed_for', 'setting', 'check_secrets', 'Limits', 'Ablations', 'RunConfig', 'fields_for',
-           'defaults_for', 'part_of_config', 'make_config', 'known_settings', 'older_defaults', 'run_name', 'run_id',
-           'damaged', 'sweep_file', 'open_sweep', 'record_path', 'read_stored', 'runs_in', 'old_run_name', 'run_folder',
-           'disk_error', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl', 'project_dir', 'cards_dir',
-           'models_dir', 'cache_dir', 'progress']
+           'file_sha', 'seed_for', 'setting', 'check_secrets', 'Limits', 'Ablations', 'Feedback', 'RunConfig',
+           'fields_for', 'defaults_for', 'part_of_config', 'make_config', 'known_settings', 'older_defaults',
+           'run_name', 'run_id', 'damaged', 'sweep_file', 'open_sweep', 'record_path', 'read_stored', 'runs_in',
+           'old_run_name', 'run_folder', 'disk_error', 'write_text', 'write_json', 'read_jsonl', 'append_jsonl',
+           'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #59d5e7e6
 import errno, gzip, hashlib, html, json, os, re, struct, unicodedata, zipfile, zlib
@@ -147,6 +147,7 @@ class MetaPrompt:
     listing:str   # scored templates, the last line open, for a completion model
     scored:tuple=() # the memory as `Scored` records, worst first and best last
     n:int=5       # how many new prompts are wanted
+    images:tuple=() # shown with the message to an optimizer that sees; each has `.sha()` and `.open()`
 
 @dataclass(frozen=True)
 class Reply:
@@ -292,8 +293,20 @@ class Ablations(Limits):
         'choose the prompt by half of the shots, which the search has not seen')
     choice:str = setting('paper', 'method', 'the rule by which the prompt of a search is chosen')
 
+# %% ../nbs/00_core.ipynb #82888dcb
+class Feedback(Ablations):
+    "What the optimizer is told beyond the paper's message, and how it is asked; the paper's method has none of it."
+    confusions:bool = setting(False, 'method',
+        'tell the optimizer which base classes the best prompt confuses and loses')
+    show_images:Count = setting(0, 'method',
+        'few-shot images that the best prompt gets wrong, shown to an optimizer that sees; 0: none')
+    restarts:Count = setting(0, 'method',
+        'begin anew when the memory has been one family for so many steps; 0: never')
+    samples:Positive = setting(1, 'method',
+        'requests of a step, each with a part of the memory drawn for it; 1: one, with the whole memory')
+
 # %% ../nbs/00_core.ipynb #5e1f60aa
-class RunConfig(Ablations):
+class RunConfig(Feedback):
     "Everything that defines a run; defaults are the paper's (section 5 and its released code)."
     dataset:str = setting(..., 'sample', "a data card's name")
     data_root:str|None = setting(None, 'place', 'folder that holds the datasets')
@@ -373,6 +386,7 @@ BASE = dict( # field -> what runs had when it was introduced; entries are added 
     transfer=None, patience=0, max_calls=0, max_tokens=0, max_seconds=0., max_cost=0., price_in=0., price_out=0.,
     remote_code=False, control=True, every_prompt=False,
     feedback='both', extremes=False, max_words=0, step_images=0, described=0, holdout=False, choice='paper',
+    confusions=False, show_images=0, restarts=0, samples=1,
     dataset=None, split='auto', draw='hash', test_images=0, clip='ViT-B-16/openai', shots=1, seed=1, steps=100,
     candidates=5, memory=20, llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None,
     precision='auto')

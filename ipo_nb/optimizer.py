@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SHORTER', 'Spent', 'after', 'no_progress', 'barren', 'stop_reason', 'stop_rules', 'plan', 'Search', 'best_of',
-           'shorten']
+           'Mistakes', 'shorten']
 
 # %% ../nbs/09_optimizer.ipynb #9ef572c8
-import time
+import copy, time
 from collections import Counter
-from dataclasses import dataclass, asdict, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, asdict, field
 from pathlib import Path
 from .core import *
 from .llm import ContextTooLong
-from .meta_prompt import Memory, build_meta_prompt, parse_replies
+from .meta_prompt import Memory, build_meta_prompt, confusions_part, parse_replies, pictures_part
 
 # %% ../nbs/09_optimizer.ipynb #44bf149f
 @dataclass
@@ -83,8 +84,9 @@ def stop_rules(config:RunConfig # its steps, max_calls, max_tokens, max_cost, ma
 def plan(config:RunConfig # its steps, candidates and limits
         ) -> dict: # upper bounds: steps, calls, scored
     "What a search will use at most, to be said before it starts."
-    steps = min(config.steps, config.max_calls or config.steps)
-    return dict(steps=steps, calls=steps, scored=1 + steps*config.candidates)
+    steps = min(config.steps, -(-config.max_calls//config.samples) or config.steps)
+    calls = steps*config.samples
+    return dict(steps=steps, calls=calls, scored=1 + calls*config.candidates)
 
 # %% ../nbs/09_optimizer.ipynb #36f7ab95
 @dataclass
@@ -104,17 +106,39 @@ class Search:
     too_long:object=None    # `too_long(prompt) -> bool`
     max_scored:int=None     # score no more prompts than this (for a control at equal budget)
     prices:tuple=(0, 0)     # of a million tokens read and written
+    mistakes:object=None    # `Mistakes` that the optimizer is told of; None: of none
+    restarts:int=0          # begin anew after so many steps of one family; 0: never
+    samples:int=1           # requests a step, each with a part of the memory; 1: one, with all of it
 
     def __post_init__(self):
-        self.spent, self.lines, self.scored, self.level = Spent(prices=self.prices), [], {}, 0
-        self.memory = Memory(self.memory_size, self.extremes)
+        self._begin()
         for line in read_jsonl(self.journal): self.apply(line)
+
+    def _begin(self):
+        "The state before the first line."
+        self.spent, self.lines, self.scored, self.level = Spent(prices=self.prices), [], {}, 0
+        self.memory = Memory(self.memory_size, self.extremes, restarts=self.restarts)
+        self.wrong, self.restarted = {}, [] # prompt -> rows of its mistakes; steps after which the search began anew
 
 # %% ../nbs/09_optimizer.ipynb #3e6ff6a8
 def best_of(scored # `Scored` records
            ) -> Scored: # the chosen one
     "The chosen prompt: highest accuracy, then lowest loss, then text."
     return min(scored, key=lambda s: s.key)
+
+# %% ../nbs/09_optimizer.ipynb #12ac47bb
+@dataclass
+class Mistakes:
+    "Where the best prompt fails, and what the optimizer is told of it."
+    look:object           # `look(prompt)` -> rows of picture, class, class that it is taken for, as numbers
+    images:object=()      # the few-shot pictures by number, each with `.sha()` and `.open()`
+    confusions:bool=False # told in words?
+    show_images:int=0     # how many are shown
+
+    def drawn(self, rows, *seed): # numbers of pictures
+        "The pictures of a step."
+        wrong = [i for i, _, _ in rows]
+        return sorted(wrong, key=lambda i: sha('shown', *seed, i))[:self.show_images]
 
 # %% ../nbs/09_optimizer.ipynb #e783b619
 SHORTER = ('the descriptions were cut to 12 words each', 'the descriptions were left out', 'and the memory was halved',
@@ -128,31 +152,65 @@ def shorten(descriptions, # texts
     "What is left out where a message does not fit the model's context: descriptions first, then memory."
     texts = descriptions if level < 1 else []
     if level == 1: texts = [' '.join(str(getattr(d, 'text', d)).split()[:12]) for d in descriptions]
-    share = {3: 2, 4: 4, 5: memory.size}.get(level, 1)
-    return texts, replace(memory, size=max(1, memory.size//share) if memory.size else 0)
+    return texts, memory.shrunk(level)
 
 # %% ../nbs/09_optimizer.ipynb #28ef05bc
 from fastcore.basics import patch
 
 @patch
 def meta_prompt(self:Search,    # with its memory as it is now
-                level:int=0     # how much is left out, see `SHORTER`
+                level:int=0,    # how much is left out, see `SHORTER`
+                part:int=None   # number of a sample of the memory; None: all of it
                ) -> MetaPrompt: # for the next step
     "The next message to the optimizer."
     texts, memory = shorten(self.descriptions, self.memory, level)
-    return build_meta_prompt(memory, texts, self.candidates, **self.told)
+    if part is not None: memory = memory.sample(seed_for('sample', self.seed, len(self.lines), part))
+    return build_meta_prompt(memory, texts, self.candidates, **self.feedback(level), **self.told)
+
+@patch
+def meta_prompts(self:Search, level:int=0 # as above
+                ) -> list: # `MetaPrompt`s, one for each request of the next step
+    "The next messages to the optimizer."
+    return [self.meta_prompt(level, part) for part in (range(self.samples) if self.samples > 1 else [None])]
+
+# %% ../nbs/09_optimizer.ipynb #e9cadbec
+@patch
+def feedback(self:Search, level:int # how much is left out
+            ) -> dict: # more and images, of `build_meta_prompt`; empty where there is nothing to tell
+    "What the next message tells of the mistakes of the best prompt that is shown."
+    m = self.mistakes
+    if not m or not self.wrong or level > 1: return {}
+    rows, before = self.wrong[self.memory.best.prompt], self.wrong[DEFAULT_PROMPT]
+    seen = m.drawn(rows, self.seed, len(self.lines))
+    words = confusions_part(rows, before, self.names) if m.confusions else ''
+    return dict(more=[words, pictures_part(len(seen))], images=[m.images[i] for i in seen])
+
+@patch
+def looked(self:Search, new # `Scored` records of a step
+          ) -> dict: # mistakes, for the journal; empty where they are known or nobody is told
+    "The mistakes of the best prompt after a step."
+    if not self.mistakes: return {}
+    best = best_of([*self.memory.scored.values(), *new]).prompt
+    return {} if best in self.wrong else dict(mistakes=dict(prompt=best, rows=self.mistakes.look(best)))
 
 # %% ../nbs/09_optimizer.ipynb #b1a98f1c
+@patch
+def message_sha(self:Search) -> str: # 64 hexadecimal digits
+    "The hash of the next messages, as they are where nothing has to be left out."
+    return sha(*[meta.message for meta in self.meta_prompts()])
+
 @patch
 def apply(self:Search, line:dict # one line of the journal
          ) -> None:
     "Take one finished step into the state. Raises `IpoError` where it belongs to another configuration."
     step, before = line['step'], self.best
-    if step != len(self.lines) or (step and line['message_sha'] != sha(self.meta_prompt().message)):
+    if step != len(self.lines) or (step and line['message_sha'] != self.message_sha()):
         raise IpoError(f"step {step} in {self.journal} was made with another configuration or version: "
                        "move that folder away and run again.")
     for c in line['candidates']:
         if c['loss'] is not None: self._remember(Scored(c['prompt'], c['loss'], c['accuracy'], step))
+    if 'mistakes' in line: self.wrong[line['mistakes']['prompt']] = line['mistakes']['rows']
+    if self.memory.end_step(): self.restarted.append(step)
     self._spend(line)
     s = self.spent
     s.stale = 0 if self.best != before else s.stale + 1
@@ -166,7 +224,7 @@ def _spend(self:Search, line):
     "What a finished step has used."
     s, replies = self.spent, line['replies']
     s.steps = line['step']
-    if s.steps: s.calls += max(1, sum(r.get('calls', 0) for r in replies))
+    if s.steps: s.calls += max(self.samples, sum(r.get('calls', 0) for r in replies))
     s.seconds += line['seconds']
     s.tokens_in += sum(r['tokens_in'] for r in replies)
     s.tokens_out += sum(r['tokens_out'] for r in replies)
@@ -195,39 +253,57 @@ def best(self:Search) -> Scored|None: # None before the default prompt is scored
 
 # %% ../nbs/09_optimizer.ipynb #8033da92
 @patch
-def ask(self:Search, step:int) -> list: # raw replies
+def ask(self:Search, step:int) -> list: # lists of raw replies, one for each request
     "Ask the optimizer; where its context is too small, ask again with less, and with less from then on."
     while True:
-        try: return self.llm(self.meta_prompt(self.level), self.candidates, seed_for('optimizer', self.seed, step))
+        try: return self._ask_all(self.meta_prompts(self.level), step)
         except ContextTooLong:
             if self.level == len(SHORTER): raise
             self.level += 1
-            print(f"step {step}: the message is longer than the model's context; {SHORTER[self.level-1]}")
+            print(f"step {step}: the message is longer than the model's context; {self.left_out()}")
+
+@patch
+def _ask_all(self:Search, metas, step):
+    "Each message in a request with a seed of its own, the first one with that of a step without samples."
+    def one(i): return self.llm(metas[i], self.candidates, seed_for('optimizer', self.seed, step, *[i]*(i > 0)))
+    together = min(len(metas), getattr(self.llm, 'at_once', 1))
+    if together == 1: return [one(i) for i in range(len(metas))]
+    with ThreadPoolExecutor(together) as pool: return list(pool.map(one, range(len(metas))))
+
+@patch
+def left_out(self:Search) -> str|None: # None where messages are whole
+    "What the messages lack by now, in words."
+    if not self.level: return None
+    return SHORTER[self.level-1] + (', and the mistakes' if self.mistakes and self.level > 1 else '')
 
 # %% ../nbs/09_optimizer.ipynb #c5ffe7fb
 @patch
 def propose(self:Search, step:int
            ) -> tuple: # raw replies, checked candidates
-    "Ask the optimizer once and check what it says."
-    replies = self.ask(step)
-    room = self.candidates if self.max_scored is None else min(self.candidates, self.max_scored - self.spent.scored)
-    found = parse_replies(replies, self.names, set(self.scored), self.too_long, self.candidates)
-    accepted = [c for c in found if c.status == 'accepted']
-    drop = {c.prompt for c in accepted[max(room, 0):]} # over the budget of a control
-    return replies, [c for c in found if not (c.status == 'accepted' and c.prompt in drop)]
+    "Ask the optimizer and check what it says."
+    asked, found, known, accepted = self.ask(step), [], set(self.scored), []
+    for replies in asked:
+        found += parse_replies(replies, self.names, known, self.too_long, self.candidates)
+        accepted = [c for c in found if c.status == 'accepted']
+        known |= {c.prompt for c in accepted}
+    room = len(accepted) if self.max_scored is None else max(self.max_scored - self.spent.scored, 0)
+    drop = {c.prompt for c in accepted[room:]} # over the budget of a control
+    kept = [c for c in found if not (c.status == 'accepted' and c.prompt in drop)]
+    return [r for replies in asked for r in replies], kept
 
 # %% ../nbs/09_optimizer.ipynb #e924ff29
 @patch
 def take_step(self:Search) -> dict: # the journal line
     "One step of the loop, written to the journal when it is complete."
-    step, start, meta = len(self.lines), time.perf_counter(), self.meta_prompt()
+    step, start, message_sha = len(self.lines), time.perf_counter(), self.message_sha()
     replies, found = self.propose(step) if step else ([], [Candidate(DEFAULT_PROMPT, 'accepted')])
     todo = [c.prompt for c in found if c.status == 'accepted']
     scores = dict(zip(todo, self.score(todo))) if todo else {}
     cands = [asdict(c) | (asdict(scores[c.prompt]) if c.status == 'accepted' else {}) for c in found]
-    line = dict(step=step, message_sha=sha(meta.message), replies=[asdict(r) for r in replies], candidates=cands,
+    line = dict(step=step, message_sha=message_sha, replies=[asdict(r) for r in replies], candidates=cands,
                 seconds=round(time.perf_counter() - start, 3))
     if self.level: line['shortened'] = self.level
+    line |= self.looked([Scored(p, s.loss, s.accuracy, step) for p, s in scores.items()])
     append_jsonl(self.journal, line)
     self.apply(line)
     return line
@@ -266,22 +342,20 @@ def summary(self:Search, why:str # the reason for stopping
     s, llm = self.spent, getattr(self.llm, 'spec', 'function')
     return dict(llm=llm, steps=s.steps, calls=s.calls, scored=s.scored, status=counts, stop=why,
                 tokens_in=s.tokens_in, tokens_out=s.tokens_out, cost=s.cost,
-                shortened=SHORTER[self.level-1] if self.level else None)
+                shortened=self.left_out(), **(dict(restarted=self.restarted) if self.restarts else {}))
 
 # %% ../nbs/09_optimizer.ipynb #14ad1ca5
 @patch
 def shown(self:Search) -> list: # dicts: step, message, listing, memory
     "The memory and the messages of the first, the middle and the last step, rebuilt from the journal."
-    last, out = self.spent.steps, []
-    memory = Memory(self.memory_size, self.extremes)
+    last, out, past = self.spent.steps, [], copy.copy(self)
+    past._begin()
     reads = getattr(self.llm, 'reads', 'message')
     sent = 'memory' if reads == 'scored' else reads
     for line in self.lines:
         if line['step'] in {1, (last+1)//2, last} - {0}:
-            texts, part = shorten(self.descriptions, memory, line.get('shortened', 0))
-            meta = build_meta_prompt(part, texts, self.candidates, **self.told)
+            meta = past.meta_prompts(line.get('shortened', 0))[0] # of several samples the first
             out.append(dict(step=line['step'], sent=sent, message=meta.message, listing=meta.listing,
                             memory=[asdict(s) for s in meta.scored]))
-        for c in line['candidates']:
-            if c['loss'] is not None: memory.add(Scored(c['prompt'], c['loss'], c['accuracy'], line['step']))
+        past.apply(line)
     return out

@@ -139,7 +139,7 @@ class Study(Stages):
     @cached_property
     def llm(self):
         c = self.config
-        limits = dict(max_tokens=c.reply_tokens, timeout=c.timeout)
+        limits = dict(max_tokens=c.reply_tokens, timeout=c.timeout, pictures=c.show_images > 0)
         by_hand = self.folder/'by_hand' # messages and answers of a person; of no matter to other back ends
         return llm.load_llm(c.llm, temperature=c.temperature, top_p=c.top_p, folder=by_hand, **limits)
     @cached_property
@@ -205,6 +205,18 @@ def find_study(params:dict # `globals()` of the notebook, or a dict of parameter
     if study.finished: study.compare_images(records.load_record(study.folder))
     return study
 
+# %% ../nbs/11_study.ipynb #4224c72f
+@patch
+def check_optimizer(self:Study) -> None:
+    "Raises `IpoError` where the optimizer cannot be told what the settings say."
+    c = self.config
+    if c.confusions and self.llm.reads != 'message':
+        raise IpoError(f"confusions are told in the message, and llm '{c.llm}' does not read it: "
+                       "use openai:MODEL, hf:MODEL or by_hand, or confusions no.")
+    if c.show_images and not self.llm.sees:
+        raise IpoError(f"show_images shows pictures to the optimizer, and llm '{c.llm}' cannot see: "
+                       "use openai:MODEL or hf:MODEL with a vision model, or show_images 0.")
+
 # %% ../nbs/11_study.ipynb #1e5f2318
 def open_study(params:dict # `globals()` of the notebook, or a dict of parameters
               ) -> Study: # with a folder that nobody else works on
@@ -212,6 +224,7 @@ def open_study(params:dict # `globals()` of the notebook, or a dict of parameter
     study = find_study(params)
     if study.finished: return study
     study.check_files()
+    study.check_optimizer()
     study.claim()
     return study
 
@@ -276,7 +289,8 @@ def _message_tokens(config, images): # of one request to the optimizer
     if kind == 'random': return 0
     if kind == 'smollm2': return 350
     described = 0 if config.captioner == 'none' else images
-    return 300 + 25*config.memory + 60*described
+    more = 300*config.confusions + 500*config.show_images
+    return 300 + 25*config.memory + 60*described + more
 
 # %% ../nbs/11_study.ipynb #dfa58b22
 def estimate(config:RunConfig,
@@ -391,6 +405,18 @@ def too_long(self:Study, prompt) -> bool:
     if words and len(prompt.split()) > words: return True
     return scorer.token_length(self.clip, prompt, self.dataset.classes) > self.clip.context_length
 
+# %% ../nbs/11_study.ipynb #d68abd83
+@patch
+def mistakes(self:Study) -> optimizer.Mistakes|None: # None where nobody is told
+    "Where a prompt fails on the few-shot images, as far as the settings tell it."
+    c, rows = self.config, self.rows(0)
+    if not (c.confusions or c.show_images): return None
+    def look(prompt):
+        taken = scorer.predict(self.clip, [prompt], self.halves[0], self.few_feats[rows])[0].tolist()
+        found = [[i, self.few_shot[i].label, k] for i, k in zip(rows, taken)]
+        return [row for row in found if row[1] != row[2]]
+    return optimizer.Mistakes(look, [i.image for i in self.few_shot], c.confusions, c.show_images)
+
 # %% ../nbs/11_study.ipynb #0044c4d4
 @patch
 def search_with(self:Study, model, journal, **kw # an optimizer LLM, a file name, more of `optimizer.Search`
@@ -398,7 +424,8 @@ def search_with(self:Study, model, journal, **kw # an optimizer LLM, a file name
     "The loop of the paper over this study's few-shot images."
     c, texts = self.config, [d['text'] for d in self.describe()]
     def judge(prompts): return self.judge(prompts, self.rows(len(search.lines)))
-    settings = dict(seed=c.seed, candidates=c.candidates, memory_size=c.memory, too_long=self.too_long) | kw
+    settings = dict(seed=c.seed, candidates=c.candidates, memory_size=c.memory, too_long=self.too_long,
+                    samples=c.samples) | kw
     search = optimizer.Search(model, judge, self.folder/journal, self.halves[0], descriptions=texts, **settings)
     return search
 
@@ -453,10 +480,11 @@ def _told(c): # what the meta-prompt says
 def search(self:Study) -> None:
     "The search with the optimizer LLM, where it is not done; resumes where a journal was cut off."
     if self.finished or self.searched: return
+    self.check_optimizer()
     self.claim()
     c, kept = self.config, llm.Recorded(self.llm, self.calls)
     search = self.search_with(kept, 'history.jsonl', rules=optimizer.stop_rules(c), prices=(c.price_in, c.price_out),
-                              extremes=c.extremes, told=_told(c))
+                              extremes=c.extremes, told=_told(c), mistakes=self.mistakes(), restarts=c.restarts)
     self.why = search.run('search', total=c.steps)
     self.searched, s = search, search.spent
     self.seconds['search'] = round(s.seconds, 2) # of all its steps, whichever process made them
