@@ -324,6 +324,8 @@ class RunConfig(Feedback):
     memory:Count = setting(20, 'method', 'scored prompts shown to the optimizer')
     llm:str = setting('smollm2', 'search', 'optimizer specification')
     captioner:str = setting('clip', 'search', 'captioner specification')
+    captioner_version:Positive = setting(1, 'search',
+        'what captioner clip means, 1 as in 0.1.0 or 2; a run that leaves it open gets the newest')
     temperature:float = setting(1., 'search', 'sampling temperature of the optimizer', ge=0, le=2)
     top_p:float|None = setting(None, 'search',
         "nucleus sampling of the optimizer; None: the back end's own", gt=0, le=1)
@@ -388,8 +390,8 @@ BASE = dict( # field -> what runs had when it was introduced; entries are added 
     feedback='both', extremes=False, max_words=0, step_images=0, described=0, holdout=False, choice='paper',
     confusions=False, show_images=0, restarts=0, samples=1,
     dataset=None, split='auto', draw='hash', test_images=0, clip='ViT-B-16/openai', shots=1, seed=1, steps=100,
-    candidates=5, memory=20, llm='smollm2', captioner='clip', temperature=1., top_p=None, reply_tokens=None,
-    precision='auto')
+    candidates=5, memory=20, llm='smollm2', captioner='clip', captioner_version=1, temperature=1., top_p=None,
+    reply_tokens=None, precision='auto')
 
 # %% ../nbs/00_core.ipynb #f288447f
 def known_settings(settings:dict, # of result.json or config.json, however old

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PX', 'SS', 'GX', 'GY', 'TEXTURES', 'THINGS', 'LAND', 'COLOURS', 'STYLES', 'SEASONS', 'WORLDS', 'SHIFTS', 'MINI',
-           'SPLITS', 'ENDLESS', 'HUES', 'HELD_OUT_WORDS', 'SAY', 'MEDIA', 'FORMS', 'REMARKS', 'GENERATOR', 'frac',
-           'wave', 'turn', 'Rnd', 'Canvas', 'Frame', 'line', 'poly', 'round_points', 'texture', 'cells', 'look',
+           'SPLITS', 'ENDLESS', 'HUES', 'HELD_OUT_WORDS', 'SAY', 'MEDIA', 'FORMS', 'REMARKS', 'GENERATOR', 'NAMED',
+           'frac', 'wave', 'turn', 'Rnd', 'Canvas', 'Frame', 'line', 'poly', 'round_points', 'texture', 'cells', 'look',
            'noise', 'striped', 'zigzagged', 'wavy', 'chequered', 'grid', 'dotted', 'studded', 'bricked', 'woven',
            'triangulated', 'argyle', 'crosshatched', 'honeycombed', 'ringed', 'spiralled', 'radiating', 'blotchy',
            'marbled', 'fibrous', 'speckled', 'mosaic', 'sprinkled', 'labyrinthine', 'cracked', 'thing', 'star', 'heart',
            'moon', 'arrow', 'house', 'flower', 'mushroom', 'apple', 'fish', 'butterfly', 'boat', 'car', 'cup', 'key',
            'umbrella', 'clock', 'candle', 'ladder', 'anchor', 'crown', 'envelope', 'land', 'river', 'lake', 'forest',
            'desert', 'farmland', 'orchard', 'highway', 'residential_area', 'airport_runway', 'harbour', 'Scene',
-           'class_names', 'sizes', 'scene', 'render', 'contact_sheet', 'caption', 'remark', 'golden']
+           'class_names', 'sizes', 'scene', 'render', 'contact_sheet', 'caption', 'remark', 'golden', 'unlike',
+           'colour_names', 'Facts', 'facts']
 
 # %% ../nbs/01_miniworld.ipynb #14706d38
 from dataclasses import dataclass, field
@@ -819,3 +820,84 @@ def golden(k=37):
     "Hash of sample images and captions of all mini datasets"
     images = [sha(render(d, s, i).tobytes()) for d in MINI for s in ('test','pretrain') for i in range(0, 300, k)]
     return sha(images, [caption(d, 'pretrain', i) for d in WORLDS for i in range(99)])[:12]
+
+# %% ../nbs/01_miniworld.ipynb #c77242cc
+_SHADES = dict(green='tree|leaf|dark leaf|crop|green', brown='soil|roof|dark sand|dry', yellow='ripe', blue='water',
+    beige='sand|light sand|dark sand|ripe|dry', grey='road|asphalt|other roof', black='dark leaf', white='snowy|paint')
+_HUED = {k: [(HUES|SEASONS)[h] for h in v.split('|')] for k,v in _SHADES.items()}
+_OWN = {k: [c] for k,c in COLOURS.items()} | dict(beige=[])
+NAMED = {k: own+_HUED.get(k, []) for k,own in _OWN.items()} # name -> the colours that bear it
+
+def unlike(a, # rgb, or an array of them in the last axis
+    b, # the same
+): # squared distance, integer
+    "How unlike two colours look: the weights of red and blue move with the amount of red"
+    a, b = np.asarray(a, np.int64), np.asarray(b, np.int64)
+    red, d = (a[...,0]+b[...,0])//2, (a-b)**2
+    return ((512+red)*d[...,0] + 1024*d[...,1] + (767-red)*d[...,2])//256
+
+# %% ../nbs/01_miniworld.ipynb #b3c41d07
+_WHOSE = [n for n,shades in NAMED.items() for _ in shades]
+_RGB = np.array([c for shades in NAMED.values() for c in shades])
+
+def colour_names(rgb, # of one colour
+) -> tuple: # keys of `NAMED`, the nearest first
+    "What a colour may be called: the nearest name, and any that is hardly farther"
+    far = {}
+    for n,d in zip(_WHOSE, unlike(rgb, _RGB).tolist()): far[n] = min(d, far.get(n, d))
+    near = min(far.values())
+    return tuple(sorted((n for n in far if 25*far[n]<=36*near), key=far.get))
+
+# %% ../nbs/01_miniworld.ipynb #a27f9c2e
+@dataclass
+class Facts:
+    "What is true of one image"
+    kind:str      # pattern, drawing or land
+    scale:str     # fine or coarse; small or large; '' for neither
+    colours:set   # names that are right for a tenth of the picture or more
+    main:tuple    # the nearest names of what covers so much, the largest first
+    ground:tuple  # names of the colour behind everything, the nearest first; empty outdoors
+    setting:str   # of the scene; '' for a texture, which has no surroundings
+    light:str     # dark, bright, faded or even
+    quality:str   # blurry, noisy or sharp
+
+_KINDS = dict(mini_textures=('pattern', 'fine', 'coarse'), mini_objects=('drawing', 'small', 'large'),
+              mini_aerial=('land', '', ''))
+
+def _painted(s, shift):
+    "The colours on the canvas with their shares of it, the ground's first"
+    if shift=='sketch': return [((250,249,245), 1.)] # and thin lines
+    canvas = dict(mini_textures=_texture, mini_objects=_thing, mini_aerial=_aerial)[s.world](s)
+    count = np.bincount(canvas.index.ravel(), minlength=len(canvas.colours))
+    turned = [tuple(255-v for v in c[1:]+c[:1]) for c in canvas.colours]
+    return list(zip(turned if shift=='recoloured' else canvas.colours, count/canvas.index.size))
+
+# %% ../nbs/01_miniworld.ipynb #bee5126f
+_CAMERA = dict(dark=(.5,0), bright=(1.2,25), faded=(.4,120)) # gain and lift of a style
+
+def _may_say(rgb, style):
+    "Names of a colour as it was painted, then as the camera left it"
+    gain, lift = _CAMERA.get(style, (1,0))
+    seen = tuple(int(min(255, v*gain+lift)) for v in rgb)
+    return tuple(dict.fromkeys(colour_names(rgb) + colour_names(seen)))
+
+def _covering(names, least):
+    "Names whose shares add up to `least` or more, the largest first"
+    share = {}
+    for n,v in names: share[n] = share.get(n, 0) + v
+    return tuple(sorted((n for n in share if share[n]>=least), key=lambda n: -share[n]))
+
+def facts(dataset:str, # one of `MINI`
+    split:str, # train, val, test or pretrain
+    index:int, # which image
+) -> Facts:
+    "What is true of one image; IpoError as `render`"
+    s, shift = scene(dataset, split, index), _world(dataset)[1]
+    style = {'noisy':'noisy', 'dark':'dark', 'sketch':'plain'}.get(shift, s.style)
+    painted, (kind, low, high) = _painted(s, shift), _KINDS[s.world]
+    said = [(n,v) for c,v in painted for n in _may_say(c, style)]
+    return Facts(kind, low if s.size<.33 else high if s.size>.7 else '',
+        set(_covering(said, .1)), _covering([(colour_names(c)[0],v) for c,v in painted], .1),
+        () if s.setting=='outdoors' and kind=='drawing' else _may_say(painted[0][0], style),
+        '' if kind=='pattern' else s.setting, style if style in _CAMERA else 'even',
+        style if style in ('blurry','noisy') else 'sharp')

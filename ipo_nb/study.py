@@ -93,6 +93,7 @@ def resolve(params:dict # what the user gave
         if params.get(role): continue
         params[role], why = choose()
         notes.append(f'{role} was left open: {params[role]} ({why})')
+    if params['captioner'] == 'clip' and not recorded: params.setdefault('captioner_version', captioning.NEWEST)
     config = make_config(**params)
     device, precision = scorer.placement(config.device, config.precision)
     return config.model_copy(update=dict(device=device, precision=precision)), notes
@@ -363,7 +364,7 @@ def captioner(self:Study): # items -> descriptions
     "What describes the few-shot images; its answers are kept with the run's."
     c, names = self.config, self.dataset.classes
     return captioning.load_captioner(c.captioner, clip=self.clip, names=names, kept=self.calls, timeout=c.timeout,
-                                     remote_code=c.remote_code)
+                                     version=c.captioner_version, remote_code=c.remote_code)
 
 # %% ../nbs/11_study.ipynb #43a3f26b
 @patch
@@ -744,6 +745,8 @@ def sentences(self:Study, model # an optimizer LLM
 def variant(self:Study, **changes # fields of `RunConfig`
            ) -> records.Record: # a finished run
     "The same search with other settings, as a run of its own; without control and transfer."
+    mute = changes.get('captioner', 'clip') != 'clip' # its version would be without effect
+    changes |= dict(captioner_version=1) if mute else {}
     return Study(self.config.model_copy(update=SEARCH_ALONE | changes), self.dataset, self.notes).finish()
 
 # %% ../nbs/11_study.ipynb #9ee25002
