@@ -11,14 +11,22 @@ __all__ = ['VOCABULARY', 'KINDS', 'SHADES', 'QUESTION', 'AGAIN', 'SMOLVLM', 'CAP
            'HFCaptioner', 'replay_captioner', 'default_captioner', 'load_captioner']
 
 # %% ../nbs/06_captioning.ipynb #8227f403
-import base64, csv, io, json, os, re, threading
+import base64
+import csv
+import io
+import json
+import os
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
-from PIL import Image, ImageFilter
+import numpy as np
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from .core import *
+from PIL import Image, ImageFilter
+from .core import IpoError, Reply, cache_dir, mask_classes, named_classes, nearest, progress, sha, write_json
 from .llm import Calls, OpenAIChat, Sampling, hub_answers, recorded_run, split_endpoint
 from .miniworld import GENERATOR, MINI, WORLDS, Facts, facts, render, unlike
 from .scorer import image_features, text_features

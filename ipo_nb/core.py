@@ -13,13 +13,22 @@ __all__ = ['PLACEHOLDER', 'DEFAULT_PROMPT', 'STATUSES', 'ROLES', 'Count', 'Posit
            'project_dir', 'cards_dir', 'models_dir', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #59d5e7e6
-import errno, gzip, hashlib, html, json, os, re, struct, unicodedata, zipfile, zlib
+import errno
+import gzip
+import hashlib
+import html
+import json
+import os
+import re
+import struct
+import unicodedata
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
-
 from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from tqdm import tqdm

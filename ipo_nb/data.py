@@ -12,7 +12,14 @@ __all__ = ['Settings', 'BROKEN_IMAGE', 'PARTS', 'SPLIT_SOURCES', 'DRAWS', 'SUFFI
            'load_dataset']
 
 # %% ../nbs/04_data.ipynb #0ae1a923
-import csv, hashlib, json, os, random, re, unicodedata, zlib
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +34,10 @@ import yaml
 from fastcore.basics import patch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from .core import (IpoError, PLACEHOLDER, cards_dir, file_sha, first_error, nearest, part_of_config,
-                         printable, project_dir, sha, unclean)
+from .core import PLACEHOLDER, IpoError, cards_dir, file_sha, first_error, nearest, part_of_config, printable
+
+# isort: split
+from .core import project_dir, sha, unclean
 from .miniworld import GENERATOR, class_names, render, sizes
 
 # %% ../nbs/04_data.ipynb #5be100e4

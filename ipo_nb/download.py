@@ -6,7 +6,21 @@
 __all__ = ['COMMANDS', 'fetch', 'unpack', 'Report', 'check', 'report_text', 'report_json', 'get', 'list_text', 'main']
 
 # %% ../nbs/04a_download.ipynb #53d890ca
-import gzip, hashlib, json, lzma, os, re, shutil, socket, stat, sys, tarfile, tempfile, time, zipfile, zlib
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import socket
+import stat
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,9 +35,13 @@ from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .core import IpoError, file_sha, progress, project_dir, sha, write_json
-from .data import (PARTS, card_names, dataset_folder, file_note, find_path, folder_names, is_image, layout_of,
-                         load_card, load_dataset, missing_images, published_split, read_folders, subset_file,
-                         subset_split, unread_files)
+from .data import PARTS, card_names, dataset_folder, file_note, find_path, folder_names, is_image, layout_of
+
+# isort: split
+from .data import load_card, load_dataset, missing_images, published_split, read_folders, subset_file
+
+# isort: split
+from .data import subset_split, unread_files
 
 # %% ../nbs/04a_download.ipynb #a4686b61
 class _Fault(Exception): "Why one source did not give its file."

@@ -8,14 +8,15 @@ __all__ = ['NEAR', 'LEAST_FLUENCY', 'STEP_SPREAD', 'Evaluation', 'make_evaluatio
            'known_words', 'odd_words', 'unreadable', 'unlikely', 'step_means', 'signatures', 'with_fluency']
 
 # %% ../nbs/08_evaluation.ipynb #ddd23fde
-import gzip, re
+import gzip
+import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
-from .core import *
-from .stats import *
+from .core import PLACEHOLDER, IpoError, named_classes, sha
+from .stats import accuracy, harmonic_mean, interval, interval_h, pack_bits, paired_test, rounded, unpack_bits
 
 # %% ../nbs/08_evaluation.ipynb #05897374
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def make_half(clip,       # a model of the scorer
               **about     # `split` and `template` of a target
              ) -> Half: # with features
     "Encode the test images of some classes."
-    from ipo_nb.scorer import image_features # torch is loaded only here and below
+    from ipo_nb.scorer import image_features  # torch is loaded only here and below
     labels = np.array([i.label for i in items])
     return Half(names, image_features(clip, [i.image for i in items]), labels, **about)
 

@@ -10,8 +10,20 @@ __all__ = ['LLMS', 'CONTROL_WORDS', 'SMOLLM2', 'ContextTooLong', 'LLM', 'small_p
            'is_local', 'endpoint_error', 'OpenAIChat', 'ByHand', 'default_llm']
 
 # %% ../nbs/02_llm.ipynb #796315dc
-import base64, contextlib, importlib.metadata, importlib.util, io, ipaddress, json, os, random, re
-import sys, tempfile, threading, time
+import base64
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import ipaddress
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,7 +34,10 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from .core import *
+from .core import DEFAULT_PROMPT, PLACEHOLDER, IpoError, MetaPrompt, Reply, append_jsonl, cache_dir, check_secrets
+
+# isort: split
+from .core import file_sha, first_error, nearest, printable, read_jsonl, sha, write_json, write_text
 
 # %% ../nbs/02_llm.ipynb #8715fecc
 class ContextTooLong(IpoError):

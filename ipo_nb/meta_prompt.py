@@ -9,12 +9,16 @@ __all__ = ['FAMILY', 'Memory', 'prompt_words', 'kinship', 'without_hidden', 'one
            'status_counts']
 
 # %% ../nbs/07_meta_prompt.ipynb #2e3e819c
-import html, re
+import html
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from fastcore.basics import patch
-from .core import *
+from .core import DEFAULT_PROMPT, PLACEHOLDER, STATUSES, Candidate, IpoError, MetaPrompt, Scored, mask_classes
+
+# isort: split
+from .core import named_classes, sha, unclean
 
 # %% ../nbs/07_meta_prompt.ipynb #2c5a9837
 @dataclass

@@ -8,10 +8,15 @@ __all__ = ['WORLD_SHARE', 'CONFIG', 'TAKES', 'CTX', 'EOT', 'PLAN', 'TEMPLATES', 
            'features', 'accuracy', 'measure', 'plot_curve', 'write_card', 'remarks', 'tune_text', 'main']
 
 # %% ../nbs/05_mini_clip.ipynb #39d9ea2e
-import json, math, time
+import json
+import math
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-import numpy as np, open_clip, torch, torch.nn.functional as F
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
 from fastcore.script import call_parse, store_true
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

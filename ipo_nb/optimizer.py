@@ -7,12 +7,16 @@ __all__ = ['SHORTER', 'Spent', 'after', 'no_progress', 'barren', 'stop_reason', 
            'Mistakes', 'shorten']
 
 # %% ../nbs/09_optimizer.ipynb #9ef572c8
-import copy, time
+import copy
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, asdict, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from .core import *
+from .core import DEFAULT_PROMPT, STATUSES, Candidate, IpoError, MetaPrompt, RunConfig, Scored, append_jsonl
+
+# isort: split
+from .core import progress, read_jsonl, seed_for, sha
 from .llm import ContextTooLong
 from .meta_prompt import Memory, build_meta_prompt, confusions_part, parse_replies, pictures_part
 

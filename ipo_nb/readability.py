@@ -8,7 +8,7 @@ __all__ = ['with_nouns', 'weakest', 'Fluency', 'load_fluency']
 # %% ../nbs/08b_readability.ipynb #434cbcaa
 import re
 from importlib.util import find_spec
-from .core import *
+from .core import PLACEHOLDER, IpoError, fill
 
 # %% ../nbs/08b_readability.ipynb #7dd8f2ad
 _NOUNS, _AFTER_AN = ('dog', 'flower'), ('animal', 'apple')

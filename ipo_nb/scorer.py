@@ -8,7 +8,9 @@ __all__ = ['DEVICES', 'PRECISIONS', 'SHARD', 'WHOLE', 'GROUP', 'check_spec', 'pl
            'score', 'predict']
 
 # %% ../nbs/03_scorer.ipynb #0b4444e8
-import hashlib, logging, os
+import hashlib
+import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
-import huggingface_hub, open_clip, torch, torch.nn.functional as F
+import huggingface_hub
+import open_clip
+import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from huggingface_hub.errors import RepositoryNotFoundError
 from open_clip.model import get_input_dtype
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -25,8 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.utils.data import DataLoader, get_worker_info
-from fastcore.basics import patch
-from .core import *
+from .core import IpoError, Score, cache_dir, fill, models_dir, nearest, progress, project_dir, sha, write_text
 
 # %% ../nbs/03_scorer.ipynb #190528e0
 def _folder(spec):

@@ -28,8 +28,10 @@ from fastcore.script import Param, anno_parser, call_parse
 from filelock import FileLock, Timeout
 from PIL import Image
 from . import captioning, choice, core, data, evaluation, llm, optimizer, readability, scorer
-from .core import (ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, known_settings, make_config, project_dir,
-                         read_jsonl, run_folder, write_json)
+from .core import ELSEWHERE, SEARCH_ALONE, IpoError, RunConfig, Scored, known_settings, make_config, project_dir
+
+# isort: split
+from .core import read_jsonl, run_folder, write_json
 from .evidence import records, report
 from .paper import methods
 from .peers import registry

@@ -30,7 +30,10 @@ from fastcore.script import Param, call_parse
 from filelock import Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from . import cluster, core, data, optimizer, study
-from .core import IpoError, RunConfig, fields_for, first_error, make_config, nearest, project_dir, read_jsonl, write_text
+from .core import IpoError, RunConfig, fields_for, first_error, make_config, nearest, project_dir, read_jsonl
+
+# isort: split
+from .core import write_text
 from .evidence import records
 
 # %% ../nbs/12_sweep.ipynb #5c044f28

@@ -1,11 +1,13 @@
 "Captioners against class names of real datasets, and the vision captioner against a server on loopback."
-import json, threading
+import json
+import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-import numpy as np, pytest
+import numpy as np
+import pytest
 from PIL import Image
+from ipo_nb.captioning import VOCABULARY, Description, load_captioner, masked, sentence, vocabulary
 from ipo_nb.core import IpoError, names_class, sha
 from ipo_nb.miniworld import MINI, class_names
-from ipo_nb.captioning import VOCABULARY, Description, load_captioner, masked, sentence, vocabulary
 
 class Img:
     def __init__(self, key): self.key, self.name = key, 'Sea or Lake'

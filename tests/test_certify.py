@@ -1,13 +1,32 @@
 "The certificate: verdicts under the paper's conditions, silence elsewhere, and the committed record."
-import csv, io, json
+import csv
+import io
+import json
 from dataclasses import replace
 import pytest
 from fastcore.script import anno_parser
 import ipo_nb.paper.certify as C
 from ipo_nb.core import IpoError, cards_dir, project_dir
 from ipo_nb.evaluation import Half
-from ipo_nb.paper.certify import (KINDS, Claim, certified_datasets, certify, checks, claims, explain, gaps, judge,
-                                  load_certificate, made_up, main, make_certificate, mended, stand_in, unmet, verdict)
+from ipo_nb.paper.certify import (
+    KINDS,
+    Claim,
+    certified_datasets,
+    certify,
+    checks,
+    claims,
+    explain,
+    gaps,
+    judge,
+    load_certificate,
+    made_up,
+    main,
+    make_certificate,
+    mended,
+    stand_in,
+    unmet,
+    verdict,
+)
 from ipo_nb.paper.printed import paper_file
 from ipo_nb.peers.base import tiny_clip
 

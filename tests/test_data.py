@@ -1,13 +1,38 @@
 "Cards, real trees and bad input: what is no documentation and so stands beside the notebook."
-import csv, functools, hashlib, inspect, json, pickle, random, re, shutil
+import csv
+import functools
+import hashlib
+import inspect
+import json
+import pickle
+import random
+import re
+import shutil
 from pathlib import Path
 import pytest
 from PIL import Image
-from ipo_nb.core import IpoError, project_dir
 from ipo_nb import data
-from ipo_nb.data import (LAYOUTS, PARTS, SPLIT_SOURCES, FileImage, card_names, cards_table, describe, few_shot, halves,
-                         items_sha, load_card, load_dataset, original_labels, read_card, shifts, subset, synset_names,
-                         synsets)
+from ipo_nb.core import IpoError, project_dir
+from ipo_nb.data import (
+    LAYOUTS,
+    PARTS,
+    SPLIT_SOURCES,
+    FileImage,
+    card_names,
+    cards_table,
+    describe,
+    few_shot,
+    halves,
+    items_sha,
+    load_card,
+    load_dataset,
+    original_labels,
+    read_card,
+    shifts,
+    subset,
+    synset_names,
+    synsets,
+)
 from ipo_nb.miniworld import MINI, class_names, sizes
 
 REAL = project_dir().parent/'shared'/'real'

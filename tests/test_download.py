@@ -1,5 +1,16 @@
 "Downloads from a host in bad moods, archives of bad intent, and the doctor on whole, partial and broken trees."
-import hashlib, http.server, io, json, os, signal, subprocess, sys, tarfile, threading, time, zipfile
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
 from pathlib import Path
 import pytest
 from fastcore.script import anno_parser

@@ -3,8 +3,16 @@ import numpy as np
 import pytest
 from ipo_nb.core import DEFAULT_PROMPT, PLACEHOLDER, IpoError, named_classes
 from ipo_nb.data import load_dataset, original_labels, shifts
-from ipo_nb.evaluation import (Half, leave_one_out, make_evaluation, odd_words, signatures, transfer, transfer_means,
-                               unreadable)
+from ipo_nb.evaluation import (
+    Half,
+    leave_one_out,
+    make_evaluation,
+    odd_words,
+    signatures,
+    transfer,
+    transfer_means,
+    unreadable,
+)
 from ipo_nb.stats import interval
 
 PRINTED = [ # prompts that the paper prints (tables 3 and 17)

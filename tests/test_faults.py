@@ -1,9 +1,16 @@
 "Everything that a server can do to a run: the real client over loopback, and the table of outcomes in nbs/faults.md."
-import html, json, os, socket, struct, threading, time
+import html
+import json
+import os
+import socket
+import struct
+import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
-from ipo_nb import llm as L, optimizer as O
+from ipo_nb import llm as L
+from ipo_nb import optimizer as O
 from ipo_nb.core import DEFAULT_PROMPT, IpoError, Score, read_jsonl
 
 KEY = 'sk-fault-0123456789'

@@ -1,5 +1,9 @@
 "The guide 'Add a dataset layout' of CONTRIBUTING, walked with a toy layout in a scratch copy of the source."
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 import pytest
 from PIL import Image

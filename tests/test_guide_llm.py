@@ -1,6 +1,7 @@
 "The guide `Add a language model` of CONTRIBUTING, followed to the letter: a toy that answers with a word of its own."
 import pytest
-from ipo_nb import llm as L, study
+from ipo_nb import llm as L
+from ipo_nb import study
 from ipo_nb.core import DEFAULT_PROMPT, IpoError, MetaPrompt, Reply, Scored
 
 class Toy(L.LLM):

@@ -2,12 +2,14 @@
 import sys
 from dataclasses import replace
 from types import ModuleType
-import pytest, torch, torch.nn.functional as F
+import pytest
+import torch
+import torch.nn.functional as F
 from ipo_nb.data import load_dataset
-from ipo_nb.peers.base import Learner, Peer, TRAINING, cost, make_task, tiny_clip
-from ipo_nb.peers.registry import PEERS, parse_peers, run_peer
 from ipo_nb.evidence.records import load_records
 from ipo_nb.paper.methods import peer_table
+from ipo_nb.peers.base import TRAINING, Learner, Peer, cost, make_task, tiny_clip
+from ipo_nb.peers.registry import PEERS, parse_peers, run_peer
 from ipo_nb.peers.words import WordsPeer
 from ipo_nb.scorer import text_features
 

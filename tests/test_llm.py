@@ -1,10 +1,16 @@
 "Optimizer back ends where things go wrong: servers, keys, caches, and the constraints on sampled prompts."
-import json, os, random, threading, traceback
+import json
+import os
+import random
+import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-import pytest, torch
+import pytest
+import torch
+from ipo_nb import llm as L
+from ipo_nb import miniworld
 from ipo_nb.core import DEFAULT_PROMPT, PLACEHOLDER, IpoError, MetaPrompt, Reply, Scored, names_class
-from ipo_nb import llm as L, miniworld
 
 KEY = 'sk-test-0123456789'
 LISTING = ('Templates for describing such pictures, worst to best:\n'

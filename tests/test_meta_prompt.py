@@ -1,5 +1,6 @@
 "The reply parser against everything that a language model may write, and the message against hostile data."
-import random, time
+import random
+import time
 import pytest
 from ipo_nb.core import DEFAULT_PROMPT, PLACEHOLDER, STATUSES, Reply, Scored
 from ipo_nb.meta_prompt import Memory, build_meta_prompt, judge, parse_replies, prompt_key, status_counts

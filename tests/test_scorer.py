@@ -1,13 +1,17 @@
 "The scorer against open_clip itself, and against damaged or awkward input."
-import json, time
+import json
+import time
 from dataclasses import asdict
-import numpy as np, open_clip, pytest, torch
+import numpy as np
+import open_clip
+import pytest
+import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors.torch import save as to_bytes
 from ipo_nb.core import IpoError, Score, fill, models_dir, project_dir, sha
-from ipo_nb.scorer import (Clip, check_length, image_features, load_clip, predict, score, text_features, token_length)
+from ipo_nb.scorer import Clip, check_length, image_features, load_clip, predict, score, text_features, token_length
 
 SHARED = project_dir().parent/'shared'/'real'
 PROMPTS = ['a photo of a <CLASS>.', 'Identify the unique visual features of the <CLASS> flower accurately.',

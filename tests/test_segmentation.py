@@ -12,9 +12,23 @@ import ipo_nb.paper.segmentation as seg
 from ipo_nb.core import DEFAULT_PROMPT, IpoError, cards_dir
 from ipo_nb.evidence.records import made_up_record
 from ipo_nb.miniworld import GENERATOR, TEXTURES, class_names, render
-from ipo_nb.paper.segmentation import (IGNORE, METRICS, PATHS, MiniScenes, Segmented, VocScenes, class_logits,
-                                       dense_features, printed_segmenters, seg_compare, seg_intervals, seg_metrics,
-                                       seg_sentences, segment, segment_all)
+from ipo_nb.paper.segmentation import (
+    IGNORE,
+    METRICS,
+    PATHS,
+    MiniScenes,
+    Segmented,
+    VocScenes,
+    class_logits,
+    dense_features,
+    printed_segmenters,
+    seg_compare,
+    seg_intervals,
+    seg_metrics,
+    seg_sentences,
+    segment,
+    segment_all,
+)
 from ipo_nb.scorer import Clip, load_clip, predict, text_features
 
 def tiny(custom=False, precision='fp32', **vision):

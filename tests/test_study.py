@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from PIL import Image
 from ipo_nb import core, study
-from ipo_nb.evidence import records, report
 from ipo_nb.core import IpoError
+from ipo_nb.evidence import records, report
 
 root = Path(__file__).resolve().parent.parent
 nbs, bin_ = root/'nbs', Path(sys.executable).parent

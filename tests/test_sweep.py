@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from ipo_nb import cluster, study, sweep
-from ipo_nb.evidence import records, report
 from ipo_nb.core import append_jsonl, write_json, write_text
+from ipo_nb.evidence import records, report
 
 quick = dict(llm='random', steps=3, candidates=3, captioner='none')
 

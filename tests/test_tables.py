@@ -15,13 +15,13 @@ import pytest
 from nbclient import NotebookClient
 from ipo_nb.core import IpoError, project_dir
 from ipo_nb.evaluation import make_evaluation
-from ipo_nb.evidence.compare import *
-from ipo_nb.evidence.records import *
-from ipo_nb.evidence.show import *
-from ipo_nb.paper.map import *
-from ipo_nb.paper.printed import *
-from ipo_nb.paper.tables import *
-from ipo_nb.stats import *
+from ipo_nb.evidence.compare import Cell, answers, versus, with_best
+from ipo_nb.evidence.records import Shelf, made_up_run, read_records
+from ipo_nb.evidence.show import Num, Refused, Table, Writer
+from ipo_nb.paper.map import check_paper, load_map, map_page, map_problems, needed, record_facts
+from ipo_nb.paper.printed import ELEVEN, FLAWS
+from ipo_nb.paper.tables import axis_table, base_to_novel, cost_sheet, tokens_sheet
+from ipo_nb.stats import pack_bits
 
 nbs = Path(__file__).resolve().parent.parent/'nbs'
 NASTY = 'a $x_1$ photo_of <script> | `$5` “façade” \\frac{1}{2} ~^ 50% & #1 <CLASS>'

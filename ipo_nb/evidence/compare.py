@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 import numpy as np
 from fastcore.basics import patch
-from ..core import *
-from .records import *
+from ..core import METHOD, IpoError, known_settings, nearest, sha
+from ..stats import harmonic_mean, harmonic_means, law_interval, law_interval_h, mean_law, paired_difference
+
+# isort: split
+from ..stats import resample_law, rounded, spread, told_apart, unpack_bits
+from .records import Record, search_records
 from .show import Num
-from ..stats import *
 
 # %% ../../nbs/evidence/02_compare.ipynb #59891669
 _DEFAULTS = known_settings({}, 'method', 'search')

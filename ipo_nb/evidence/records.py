@@ -8,15 +8,19 @@ __all__ = ['FORMAT', 'SEARCHES', 'read_record_file', 'Record', 'load_record', 's
            'read_records', 'made_up_shelf', 'pack_sweep', 'unpack']
 
 # %% ../../nbs/evidence/00_records.ipynb #a5580544
-import io, json, shutil, zipfile
+import io
+import json
+import shutil
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-
 import numpy as np
+from ..core import DEFAULT_PROMPT, STATUSES, IpoError, Scored, cards_dir, damaged, open_sweep, project_dir
 
-from ..core import *
+# isort: split
+from ..core import read_jsonl, read_stored, record_path, runs_in, seed_for, sweep_file, write_json, write_text
 
 # %% ../../nbs/evidence/00_records.ipynb #b0fc8b1e
 FORMAT = 1 # of result.json

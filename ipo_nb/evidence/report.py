@@ -19,10 +19,13 @@ import numpy as np
 from fastcore.basics import patch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch
-from ..core import *
-from ..evaluation import *
-from .records import *
-from .show import *
+from ..core import STATUSES, IpoError, write_text
+from ..evaluation import transfer_means
+from .records import Record, best_so_far
+from .show import COLOURS, INK, Picture, Table, axes_at, colour, fit_text, new_page, picture, safe
+
+# isort: split
+from .show import text_width, wrap_text
 
 # %% ../../nbs/evidence/03_report.ipynb #ebe0efe1
 _UNPUBLISHED = ('subset', 'own split', 'file', 'as laid out')

@@ -7,7 +7,8 @@ __all__ = ['COLOURS', 'INK', 'STYLE', 'safe', 'Num', 'Table', 'tex', 'Refused', 
            'new_page', 'axes_at', 'text_width', 'fit_text', 'wrap_text']
 
 # %% ../../nbs/evidence/01_show.ipynb #6c6d9a09
-import csv, io
+import csv
+import io
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from html import escape
@@ -16,7 +17,7 @@ import matplotlib as mpl
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
-from ..core import *
+from ..core import IpoError, printable, write_text
 
 # %% ../../nbs/evidence/01_show.ipynb #730741ef
 _MARKDOWN = "'|*_`$[]\\~#"

@@ -8,7 +8,10 @@ __all__ = ['KINDS', 'PAPER_CLIP', 'TOLERANCE', 'FORMAT', 'printed', 'certified_d
            'Certificate', 'make_certificate', 'load_certificate', 'certify', 'main']
 
 # %% ../../nbs/paper/04_certify.ipynb #195f9d14
-import argparse, json, re, sys
+import argparse
+import json
+import re
+import sys
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -17,9 +20,11 @@ import torch
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from ..core import *
-from ..data import (dataset_folder, describe, find_path, folder_names, halves, images_sha,
-                         load_card, load_dataset, subset)
+from ..core import IpoError, nearest, progress, sha, write_json, write_text
+from ..data import dataset_folder, describe, find_path, folder_names, halves, images_sha, load_card, load_dataset
+
+# isort: split
+from ..data import subset
 from ..evaluation import Half, evaluate, make_half
 from ..evidence.show import Table, safe
 from ..scorer import check_length, check_spec, load_clip

@@ -7,11 +7,13 @@ __all__ = ['load_map', 'check_paper', 'needed', 'record_facts', 'sections', 'map
            'main']
 
 # %% ../../nbs/paper/03_map.ipynb #5222d02d
-import json, re, sys
+import json
+import re
+import sys
 from pathlib import Path
 import yaml
 from fastcore.script import call_parse, store_true
-from ..core import *
+from ..core import BASE, IpoError, RunConfig, cards_dir, file_sha, nearest, project_dir, write_text
 from ..evidence.records import read_records
 from ..evidence.show import safe
 

@@ -14,12 +14,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
-from ..core import *
+from ..core import IpoError, nearest, sha
 from ..evidence.compare import Cell, gather
 from ..evidence.records import load_records
-from ..evidence.show import *
+from ..evidence.show import COLOURS, Picture, Table, picture
+from ..stats import paired_test, signed_ranks, unpack_bits
 from .printed import in_paper
-from ..stats import *
 
 # %% ../../nbs/paper/01_methods.ipynb #46c3328b
 COSTS = ('parameters', 'images', 'calls', 'tokens', 'seconds')

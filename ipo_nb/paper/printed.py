@@ -7,9 +7,10 @@ __all__ = ['IN_PAPER', 'FLAWS', 'ELEVEN', 'paper_file', 'accuracies', 'more_rows
            'comparable', 'paper_columns', 'paper_ablation', 'paper_captioner', 'paper_batch', 'paper_pair']
 
 # %% ../../nbs/paper/00_printed.ipynb #df2a9b54
-import csv, re
+import csv
+import re
 from functools import lru_cache
-from ..core import *
+from ..core import IpoError, cards_dir, nearest
 from ..evidence.compare import Cell
 from ..evidence.records import SEARCHES
 from ..stats import harmonic_mean

@@ -10,7 +10,9 @@ __all__ = ['IGNORE', 'SIDE', 'DRAWN', 'VOC', 'PATHS', 'METRICS', 'DRAWS', 'Shot'
            'seg_sentences', 'seg_page', 'main']
 
 # %% ../../nbs/paper/05_segmentation.ipynb #c15dbc20
-import io, shlex, sys
+import io
+import shlex
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -26,7 +28,7 @@ from open_clip.model import get_input_dtype
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from PIL import Image
 from torchvision.transforms.functional import normalize, pil_to_tensor
-from ..core import *
+from ..core import DEFAULT_PROMPT, PLACEHOLDER, IpoError, cards_dir, nearest, progress, sha, write_json, write_text
 from ..data import card_names, load_card
 from ..evidence.records import load_record, records_in, search_name
 from ..evidence.show import Picture, Table, picture, safe

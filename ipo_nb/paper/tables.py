@@ -9,18 +9,25 @@ __all__ = ['setting_title', 'blocks_of', 'base_to_novel', 'axis_table', 'one_ans
            'cost_sheet', 'cost_figures', 'checked']
 
 # %% ../../nbs/paper/02_tables.ipynb #467bfaa0
-import json, re
+import json
+import re
 from pathlib import Path
 import numpy as np
-from ..core import *
+from ..core import IpoError, nearest, sha
 from ..evaluation import unreadable
-from ..evidence.compare import *
-from ..evidence.records import *
+from ..evidence.compare import READING, TESTED, TITLES, Cell, answers, check_alike, differences, family, gather
+
+# isort: split
+from ..evidence.compare import mark_best, missing_seeds, missing_seeds_of, place_of, settings_of, versus, with_best
+from ..evidence.records import SEARCHES, Record, Shelf, best_so_far, record_folders, search_name, search_records
 from ..evidence.report import trajectory
-from ..evidence.show import *
+from ..evidence.show import COLOURS, Num, Picture, Table, picture
+from ..stats import rank_correlation, spread, told_apart, unpack_bits
 from .methods import peer_scatter, summarise
-from .printed import *
-from ..stats import *
+from .printed import ELEVEN, FLAWS, IN_PAPER, comparable, in_paper, paper_ablation, paper_columns
+
+# isort: split
+from .printed import paper_file, paper_rows
 
 # %% ../../nbs/paper/02_tables.ipynb #4ec95b61
 _SAID = dict(clip='CLIP', llm='optimizer', captioner='captioner', steps='steps')

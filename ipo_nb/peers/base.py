@@ -8,12 +8,17 @@ __all__ = ['TRAINING', 'tiny_clip', 'embed', 'text_forward', 'image_forward', 'S
            'Damaged', 'save_learned', 'load_learned']
 
 # %% ../../nbs/peers/00_base.ipynb #b7b53220
-import json, math, os
+import json
+import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-import numpy as np, open_clip, torch, torch.nn.functional as F
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from open_clip.model import get_input_dtype
 from open_clip.transform import PreprocessCfg
@@ -22,7 +27,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.utils.checkpoint import checkpoint
-from ..core import *
+from ..core import PLACEHOLDER, IpoError, nearest, seed_for, sha, write_text
 from ..data import few_shot, halves, items_sha, subset
 from ..scorer import Clip, check_length, image_features
 

@@ -6,11 +6,11 @@
 __all__ = ['CoCoOp']
 
 # %% ../../nbs/peers/02_cocoop.ipynb #0079a7ee
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core import *
-from .base import *
+from .base import TRAINING, Learner, Task, embed, text_forward
 from .coop import CoOp, first_context, token_importance
 
 # %% ../../nbs/peers/02_cocoop.ipynb #ba27ef88

@@ -7,11 +7,12 @@ __all__ = ['first_context', 'CoOp', 'nearest_words', 'without', 'token_importanc
 
 # %% ../../nbs/peers/01_coop.ipynb #2351c669
 from html import escape
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core import *
+from ..core import IpoError
 from ..stats import accuracy, harmonic_mean
-from .base import *
+from .base import TRAINING, Learner, Task, slots, text_forward, word_vectors
 
 # %% ../../nbs/peers/01_coop.ipynb #59cb6e58
 def first_context(clip, # loaded model

@@ -6,13 +6,14 @@
 __all__ = ['Adapter', 'told', 'CoPrompt']
 
 # %% ../../nbs/peers/05_coprompt.ipynb #b098d601
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core import *
-from .base import *
+from ..core import IpoError, seed_for
+from ..scorer import text_features
+from .base import Learner, cost
 from .maple import MaPLe
 from .sentences import describe_classes
-from ..scorer import text_features
 
 # %% ../../nbs/peers/05_coprompt.ipynb #bf76065d
 class Adapter(torch.nn.Module):

@@ -6,11 +6,12 @@
 __all__ = ['put_text', 'put_image', 'deep_text', 'deep_image', 'DeepLearner', 'similarity', 'tower_shape', 'Coupled', 'MaPLe']
 
 # %% ../../nbs/peers/03_maple.ipynb #b6643a03
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core import *
-from .base import *
+from ..core import IpoError
 from ..scorer import Clip
+from .base import TRAINING, Images, Learner, embed, image_forward, text_forward, word_vectors
 
 # %% ../../nbs/peers/03_maple.ipynb #def01251
 def put_text(x, # [B, L, W] tokens

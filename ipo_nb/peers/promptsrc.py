@@ -6,13 +6,14 @@
 __all__ = ['Independent', 'ensemble', 'agreement', 'bell', 'PromptSRC']
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #f37b8aff
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core import *
-from .base import *
+from ..core import IpoError
+from ..scorer import text_features
+from .base import TRAINING
 from .maple import DeepLearner, similarity, tower_shape
 from .words import TEMPLATES, averaged
-from ..scorer import text_features
 
 # %% ../../nbs/peers/04_promptsrc.ipynb #69d6decf
 class Independent(torch.nn.Module):

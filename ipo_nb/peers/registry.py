@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
-from ..core import *
+from ..core import IpoError, nearest, record_path, sha, write_json
 from ..evaluation import make_evaluation
-from ..evidence.records import *
+from ..evidence.records import FORMAT, SEARCHES, load_record, read_record_file
 
 # %% ../../nbs/peers/08_registry.ipynb #9e871c83
 class PeerEntry(NamedTuple):

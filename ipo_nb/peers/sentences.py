@@ -9,12 +9,12 @@ __all__ = ['DESCRIPTOR', 'SENTENCE', 'question', 'usable', 'describe_classes', '
 from itertools import chain
 import torch
 from fastcore.basics import patch
-from ..core import *
+from ..core import PLACEHOLDER, IpoError, MetaPrompt, progress, seed_for
 from ..llm import Calls, Recorded
 from ..meta_prompt import as_data, parse_replies
+from ..scorer import text_features, token_length
 from .base import Peer, cost
 from .words import averaged, classify
-from ..scorer import text_features, token_length
 
 # %% ../../nbs/peers/07_sentences.ipynb #4f839734
 DESCRIPTOR, SENTENCE = f'a photo of a {PLACEHOLDER}, which has {{}}.', f'In a photo a {PLACEHOLDER} shows {{}}.'

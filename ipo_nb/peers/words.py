@@ -9,12 +9,13 @@ __all__ = ['TEMPLATES', 'averaged', 'classify', 'WordsPeer', 'Template', 'Ensemb
 # %% ../../nbs/peers/06_words.ipynb #d42a5413
 import random
 from functools import lru_cache
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
-from ..core import *
+from ..core import PLACEHOLDER, IpoError, seed_for
 from ..evaluation import known_words
-from .base import Peer, cost
 from ..scorer import text_features
+from .base import Peer, cost
 
 # %% ../../nbs/peers/06_words.ipynb #ed7f9ed9
 def averaged(feats:torch.Tensor, # [P, C, D] of `text_features`
