@@ -43,7 +43,8 @@ from .miniworld import GENERATOR, class_names, render, sizes
 # %% ../nbs/04_data.ipynb #5be100e4
 class _Strict(BaseModel): model_config = ConfigDict(extra='forbid', frozen=True)
 
-Settings = part_of_config('Settings', 'clip', 'shots', 'seed', 'steps', 'candidates', 'memory', 'test_images', base=_Strict,
+_OF_A_CARD = ('clip', 'shots', 'seed', 'steps', 'candidates', 'memory', 'test_images')
+Settings = part_of_config('Settings', *_OF_A_CARD, base=_Strict,
     about="What a run takes from the card where a parameter is left alone (defaults: the paper's section 5).")
 
 # %% ../nbs/04_data.ipynb #0256165f
@@ -1070,7 +1071,7 @@ def load_dataset(name:str, # a dataset that has a card, see `card_names`
                  split:str='auto', # auto, published, subset, own, or a JSON file in CoOp's form
                  check:bool=True, # look whether each image is there
                  verbose:bool=True, # print the note where the split is not the published one
-                 test_images:int=0 # test images of each class, where they are drawn; 0: as many as the card's splits say
+                 test_images:int=0 # test images of each class, where they are drawn; 0: as the card's splits say
                 ) -> Dataset: # lists, classes, and where they come from
     "Load a dataset by its card. Raises `IpoError` in one sentence for whatever is missing, misspelt or inconsistent."
     card = load_card(name)

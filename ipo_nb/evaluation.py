@@ -12,6 +12,7 @@ import gzip
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
@@ -129,9 +130,13 @@ _OF = dict(all=('base', 'novel'), base=('base',), novel=('novel',))
 
 def _wrong_rest(result): # where accuracies are said again
     first, whole = result['methods'][0], result['word_importance'][0]
-    if result['chosen']['prompt'] != first['prompt']: yield 'the chosen prompt', result['chosen']['prompt'], first['prompt']
+    chosen = result['chosen']['prompt']
+    if len((result.get('choice') or {}).get('prompts', [1])) > 1: return # a mean of prompts is shown as its prompts
+    if chosen != first['prompt']: yield 'the chosen prompt', chosen, first['prompt']
     for key in ('base', 'novel', 'h'):
         if abs(whole[key] - first[key]) > 1e-4: yield f'{key} of the whole prompt', whole[key], first[key]
+
+def _wrong_moves(result): # on other datasets
     for row in result.get('transfer', ()):
         true = None if row['skipped'] else accuracy(unpack_bits(row['correct']))
         if row['accuracy'] != true: yield f"the accuracy on {row['dataset']}", row['accuracy'], true
@@ -141,6 +146,7 @@ def _wrong(result): # of a run's or a peer's result.json
     if 'methods' not in result: return
     yield from _wrong_pairs(result)
     yield from _wrong_rest(result)
+    yield from _wrong_moves(result)
 
 # %% ../nbs/08_evaluation.ipynb #ebd526c3
 def check_answers(result:dict,      # result.json of a run or of a compared method

@@ -653,7 +653,8 @@ class LocalVision(LocalChat):
 
     def _read(self, meta):
         "The message as tokens and pixels."
-        parts = [*(dict(type='image', image=small_picture(i)) for i in meta.images), dict(type='text', text=meta.message)]
+        pictures = [dict(type='image', image=small_picture(i)) for i in meta.images]
+        parts = [*pictures, dict(type='text', text=meta.message)]
         as_tokens = dict(add_generation_prompt=True, tokenize=True, return_tensors='pt', return_dict=True)
         read = self.tok.apply_chat_template([dict(role='user', content=parts)], **as_tokens)
         return read.to(self.model.device, dtype=self.model.dtype)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastcore.script import call_parse, store_true
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from .core import DEFAULT_PROMPT, IpoError, cache_dir, fill, models_dir, progress, seed_for, sha, write_json
+from .core import DEFAULT_PROMPT, IpoError, cache_dir, fill, models_dir, progress, sha, write_json
 from .miniworld import GENERATOR, HELD_OUT_WORDS, MINI, REMARKS, caption, class_names, remark, render, sizes
 
 # %% ../nbs/05_mini_clip.ipynb #3de53feb

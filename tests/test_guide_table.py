@@ -1,4 +1,4 @@
-"CONTRIBUTING's guide `Add a table of the paper`, followed: a toy table from records to its files and its row of the map."
+"CONTRIBUTING's guide `Add a table of the paper`, followed: a toy table, its files, and its row of the map."
 from ipo_nb.evidence.compare import answers, check_alike, family, gather, versus, with_best
 from ipo_nb.evidence.records import made_up_shelf
 from ipo_nb.evidence.show import Table, Writer

@@ -19,7 +19,7 @@ from ipo_nb import core, study
 from ipo_nb import llm as L
 from ipo_nb import optimizer as O
 from ipo_nb.core import IpoError, Score, sha
-from ipo_nb.evidence import records, report
+from ipo_nb.evidence import report
 
 STEPS = 12
 

@@ -65,7 +65,7 @@ CASES = {
     'a number that belongs': ('<INS>3 views of a <CLASS></INS>', [('3 views of a <CLASS>', 'accepted')]),
     'white space': ('<INS>a  blurry\tphoto\u00a0of a\u200b <CLASS>.</INS>', ONE),
     'control characters': ('<INS>a blurry\x00 photo\x07 of a <CLASS>.</INS>', ONE),
-    'terminal sequences': (f'<INS>\x1b[1;31ma blurry\x1b[0m photo\x1b]0;title\x07 of a <CLASS>.\x9b2J\x1bc</INS>', ONE),
+    'terminal sequences': ('<INS>\x1b[1;31ma blurry\x1b[0m photo\x1b]0;title\x07 of a <CLASS>.\x9b2J\x1bc</INS>', ONE),
     'overrides of direction': ('<INS>a \u202eblurry\u202c pho\u2066to\u2069 of a <CLASS>.\u200f</INS>', ONE),
     'nothing to be seen': ('<INS>a bl\u200curry\u2060 pho\ufe0fto\u00ad of\U000e0061 a\u3164 <CLASS>.</INS>', ONE),
     **{f'special token {mark}': (f'<INS>a {mark} <CLASS></INS>', [(f'a {kept} <CLASS>', 'unclean')]) for mark, kept in

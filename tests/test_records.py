@@ -122,8 +122,8 @@ CHANGES = dict(
     transfer='shifts', patience=3, max_calls=3, max_tokens=3, max_seconds=3., max_cost=3., price_in=3., price_out=3.,
     remote_code=True, control=False, every_prompt=True, feedback='none', extremes=True, max_words=3, step_images=3,
     described=3, holdout=True, choice='medoid', dataset='eurosat', split='own', draw='hash', test_images=3, clip='mini',
-    shots=3, seed=3, steps=3, candidates=3, memory=3, llm='random', captioner='none', captioner_version=2, temperature=.5, top_p=.5,
-    reply_tokens=3, precision='fp32', confusions=True, show_images=3, restarts=3, samples=3)
+    shots=3, seed=3, steps=3, candidates=3, memory=3, llm='random', captioner='none', captioner_version=2,
+    temperature=.5, top_p=.5, reply_tokens=3, precision='fp32', confusions=True, show_images=3, restarts=3, samples=3)
 
 
 def test_every_value_that_defines_a_result_changes_the_name():

@@ -1,15 +1,13 @@
 """Whole runs over an endpoint: recorded, replayed, paid for, and searched for the key."""
 import json
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 import pytest
 from test_study import bin_, complete, nbs, pairs, root
 from ipo_nb import core, llm, study
-from ipo_nb.core import IpoError, read_jsonl
+from ipo_nb.core import IpoError
 
 KEY = 'sk-whole-run-0123456789'
 recordings = root/'data_cards'/'records'

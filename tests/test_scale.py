@@ -12,7 +12,7 @@ from test_scorer import tiny
 from ipo_nb import scorer
 from ipo_nb.core import IpoError
 from ipo_nb.data import FileImage
-from ipo_nb.scorer import Features, image_features, predict, text_features
+from ipo_nb.scorer import Features, image_features, predict
 
 PRELUDE = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n" + textwrap.dedent("""
     import os, resource, signal, torch

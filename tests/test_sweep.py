@@ -11,7 +11,7 @@ import psutil
 import pytest
 from ipo_nb import cluster, study, sweep
 from ipo_nb.core import append_jsonl, write_json, write_text
-from ipo_nb.evidence import records, report
+from ipo_nb.evidence import records
 
 quick = dict(llm='random', steps=3, candidates=3, captioner='none')
 

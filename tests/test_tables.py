@@ -357,8 +357,8 @@ def test_notebook_keeps_its_parameters_tag():
 
 MANY = dict(shots=16, captioner='none')
 FEW = dict(shots=2, captioner='none')
-VARIANTS = [dict(memory=0), dict(captioner='none'), MANY, MANY | dict(step_images=4), dict(max_words=4), dict(described=4),
-            dict(candidates=2, steps=25), FEW, FEW | dict(holdout=True)]
+VARIANTS = [dict(memory=0), dict(captioner='none'), MANY, MANY | dict(step_images=4), dict(max_words=4),
+            dict(described=4), dict(candidates=2, steps=25), FEW, FEW | dict(holdout=True)]
 
 def made_up_sweeps(folder): # a run of every variant, and two of the usual settings
     for i, changes in enumerate([dict(seed=1), dict(seed=2), *VARIANTS]):

@@ -80,7 +80,9 @@ def _answers_of(run): # packed, of the two methods that a search makes itself
     return [m[f'{half}_correct'] for m in mine for half in ('base', 'novel')]
 
 def _distinct(runs): # each run once; of equal records that which says more
-    def key(r): return sha([settings_of(r), r.result['dataset'], r.result['settings'].get('seed'), r.result['data'], _answers_of(r)])
+    def key(r):
+        dataset, seed = r.result['dataset'], r.result['settings'].get('seed')
+        return sha([settings_of(r), dataset, seed, r.result['data'], _answers_of(r)])
     keys = [key(r) for r in runs]
     best = dict(sorted(zip(keys, runs), key=lambda x: len(x[1].result['methods'])))
     return [r for k, r in zip(keys, runs) if best[k] is r]
@@ -134,7 +136,7 @@ def _unlike(what, was, now, here, there): # one sentence
 
 def check_alike(records:list, mix:bool=False # searches and peers
                ) -> None:
-    "Raises `IpoError` for the first pair that differs in code, weights, split or few-shot images; with `mix` it does not look."
+    "Raises `IpoError` for the first pair that differs in code, weights, split or few-shot images; `mix`: does not look."
     first = {}
     for found in [] if mix else map(origin, records):
         folder = found.pop('folder')
@@ -147,7 +149,8 @@ def check_alike(records:list, mix:bool=False # searches and peers
 METHOD_KEYS = {'default prompt': 'default', 'hand-written template': 'template', 'random control': 'random'}
 
 def _beside(row, method, seconds): # the answer of a method that a search evaluated beside its own
-    key, free = METHOD_KEYS[method['name']], dict.fromkeys(('parameters', 'images', 'calls', 'tokens_in', 'tokens_out'), 0)
+    key = METHOD_KEYS[method['name']]
+    free = dict.fromkeys(('parameters', 'images', 'calls', 'tokens_in', 'tokens_out'), 0)
     searched = key == 'random'
     return row | dict(method=key, title=method['name'], kind='search' if searched else 'words', cost=free,
                       seconds=seconds.get('control', 0) if searched else 0, evaluation=method)
@@ -218,7 +221,7 @@ def _intervals(cell): # base, novel, h -> [low, high] over images
     base, novel = (mean_law([resample_law(d[half]) for d in cell.bits.values()]) for half in ('base', 'novel'))
     return dict(base=law_interval(base), novel=law_interval(novel), h=law_interval_h(base, novel))
 
-def _spreads(cell): # base, novel, h -> standard deviation over seeds; None for one seed, and where no seed changes anything
+def _spreads(cell): # base, novel, h -> standard deviation over seeds; None for one seed, and where no seed matters
     seeds = None if cell.fixed else cell.by_seed
     if not seeds: return dict.fromkeys(('base', 'novel', 'h'))
     seeds |= dict(h=harmonic_means(seeds['base'], seeds['novel']))
@@ -247,7 +250,8 @@ def shared_bits(a:Cell, b:Cell, # two methods
         here = [k for k in places if k[0] == d]
         p, q = ([unpack_bits(z[k][f'{half}_correct']) for k in here] for z in (x, y))
         if len(p[0]) != len(q[0]):
-            raise IpoError(f"the records of {d} have {len(p[0])} and {len(q[0])} test images: compare runs of one split.")
+            sizes = f'{len(p[0])} and {len(q[0])}'
+            raise IpoError(f"the records of {d} have {sizes} test images: compare runs of one split.")
         out[d] = np.stack(p), np.stack(q)
     return out
 

@@ -527,7 +527,8 @@ def _answer(record): # the prompt, what it is worth, and whether to believe it
             ('pre', record.result['chosen']['prompt']), ('list', headline(record)),
             *_table_parts(summary_table(record), *_moved(record)),
             _figure('comparison', 'Base, novel and H with 95 % intervals'),
-            ('h2', 'Should it be believed?'), *_table_parts(signatures_table(record), paired_table(record), *_ruled(record))]
+            ('h2', 'Should it be believed?'),
+            *_table_parts(signatures_table(record), paired_table(record), *_ruled(record))]
 
 # %% ../../nbs/evidence/03_report.ipynb #fd5dde82
 def _search(record): # which words did the work, and how they were found

@@ -190,7 +190,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Writer:
-    "Makes tables and figures, writes them below a folder, and hands them on to be shown; what is refused stops no other."
+    "Makes tables and figures, writes them below a folder, and hands them on to be shown; a refused one stops no other."
     folder:Path
     refused:list=field(default_factory=list) # sentences
 
@@ -210,14 +210,16 @@ class Writer:
         return fig
 
 # %% ../../nbs/evidence/01_show.ipynb #7f61733e
-COLOURS = {'IPO': '#0072B2', 'default prompt': '#8C8C8C', 'hand-written template': '#E69F00', 'random control': '#009E73'}
+COLOURS = {'IPO': '#0072B2', 'default prompt': '#8C8C8C',
+           'hand-written template': '#E69F00', 'random control': '#009E73'}
 _MORE = ['#CC79A7', '#56B4E9', '#D55E00', '#B8A800', '#000000']
 INK = '#222222'
 STYLE = {
     'font.family': 'sans-serif', 'font.sans-serif': ['DejaVu Sans'], 'font.size': 9, 'text.parse_math': False,
     'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': '#888888', 'xtick.color': INK, 'ytick.color': INK,
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
-    'grid.color': '#E6E6E6', 'grid.linewidth': .7, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'pdf.fonttype': 42}
+    'grid.color': '#E6E6E6', 'grid.linewidth': .7, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+    'pdf.fonttype': 42}
 
 def colour(name:str, # of a method
            at:int=0  # its place among the methods, for those without a colour of their own

@@ -19,7 +19,7 @@ from ..evidence.show import safe
 
 # %% ../../nbs/paper/03_map.ipynb #9e87229b
 _STATES = dict(embedded='runs on the embedded world', real='needs real weights', **{'not': 'not reproducible'})
-_NEEDS = dict(embedded=('command', 'section', 'needs'), real=('command', 'why'), **{'not': ('why',)}) # of a row in a state
+_NEEDS = dict(embedded=('command', 'section', 'needs'), real=('command', 'why'), **{'not': ('why',)}) # of a row
 _ROW = ('command', 'needs', 'notebook', 'paper', 'real', 'section', 'shows', 'state', 'why')
 
 def _map_row(i, row): # raises `IpoError` for a row of another form
@@ -35,11 +35,12 @@ def _map_row(i, row): # raises `IpoError` for a row of another form
 
 def load_map(path=None # paper_map.yaml; None: the clone's
             ) -> tuple: # rows, and file -> SHA-256 of the paper's CSV files
-    "The map of the paper. Raises `IpoError` for an unknown key or state, and for a row that lacks what its state needs."
+    "The map of the paper. Raises `IpoError` for an unknown key or state, and a row that lacks what its state needs."
     path = Path(path or project_dir()/'nbs'/'paper_map.yaml')
     try: raw = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, yaml.YAMLError) as e:
-        raise IpoError(f"{path} cannot be read: restore it from the repository, of which this page needs a clone.") from e
+        mend = 'restore it from the repository, of which this page needs a clone.'
+        raise IpoError(f"{path} cannot be read: {mend}") from e
     return [_map_row(i, r) for i, r in enumerate(raw['rows'], 1)], raw['files']
 
 # %% ../../nbs/paper/03_map.ipynb #070624d5
@@ -158,7 +159,8 @@ def _map_line(row, records): # of the page
 
 _HEAD = """# The paper, table by table
 
-Du, Sun and Snoek, *IPO: Interpretable Prompt Optimization for Vision-Language Models* (NeurIPS 2024, arXiv 2410.15397), \
+Du, Sun and Snoek, *IPO: Interpretable Prompt Optimization for Vision-Language Models* \
+(NeurIPS 2024, arXiv 2410.15397), \
 and where each of its tables and figures is made again here. This page is written by `python -m ipo_nb.paper.map` from \
 `paper_map.yaml`; edit that.
 
@@ -177,7 +179,7 @@ def map_page(rows:list, records:list # of `load_map`; of `record_facts`
 # %% ../../nbs/paper/03_map.ipynb #f675e831
 def check_map(write:bool=False # write nbs/paper_map.md?
              ) -> list: # sentences about what does not fit
-    "Hold the map, its page and the paper's figures against what is there. Raises `IpoError` for a map that cannot be read."
+    "Hold the map, its page and the paper's figures against what is there. Raises `IpoError` for an unreadable map."
     page = project_dir()/'nbs'/'paper_map.md'
     rows, files = load_map()
     check_paper(files=files)

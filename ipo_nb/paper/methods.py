@@ -58,7 +58,9 @@ class Row:
 def _settings(record): # that tell two methods of one name apart
     return {k: v for k, v in record['settings'].items() if k not in ('clip', 'shots', 'seed', 'k')}
 
-def _variant(record): return record['dataset'], record['settings']['clip'], record['settings']['shots'], record['method']
+def _variant(record):
+    settings = record['settings']
+    return record['dataset'], settings['clip'], settings['shots'], record['method']
 
 def _in_order(rows): return sorted(rows, key=lambda r: (*r.place, -r.numbers['h'].mean, r.title))
 
@@ -95,7 +97,7 @@ def with_seeds(records:list, # of one run
 
 # %% ../../nbs/paper/01_methods.ipynb #fe53885f
 def averages(rows:list # of `summarise`
-            ) -> list: # of `Row` named 'average of N', for methods that are on each dataset of a CLIP and number of shots
+            ) -> list: # of `Row` named 'average of N', for methods that are on each dataset of a block
     "The last block of the paper's tables; empty for a single dataset."
     blocks, out = {}, []
     for r in rows: blocks.setdefault(r.place[1:], []).append(r)
@@ -110,7 +112,8 @@ def averages(rows:list # of `summarise`
 
 # %% ../../nbs/paper/01_methods.ipynb #8fbbb123
 _FLAW = "; the paper's 16-shot figures of IPO do not reproduce and do not add up (data_cards/paper/README.md)"
-_COSTS = dict(parameters='trained parameters', calls='LLM calls', tokens='LLM tokens', seconds='seconds of learning', images='images seen')
+_COSTS = dict(parameters='trained parameters', calls='LLM calls', tokens='LLM tokens',
+              seconds='seconds of learning', images='images seen')
 _PLACES = ('dataset', 'CLIP', 'shots')
 _IN_PAPER = 'paper: base / novel / H'
 
@@ -121,7 +124,8 @@ def _paper(found): return f"{found['base']:.1f} / {found['novel']:.1f} / {found[
 def _row_cells(row, varied, paper): # a line of the table
     n = row.numbers
     cells = {k: v for k, v in zip(_PLACES, row.place) if k in varied}
-    cells |= dict(method=row.title, base=str(n['base']), novel=str(n['novel']), H=str(n['h']), seeds=len(row.cell.seeds))
+    shown = dict(base=str(n['base']), novel=str(n['novel']), H=str(n['h']))
+    cells |= dict(method=row.title) | shown | dict(seeds=len(row.cell.seeds))
     cells |= {title: _count(row.cost[k]) for k, title in _COSTS.items()}
     return cells | ({_IN_PAPER: _paper(row.paper)} if paper else {})
 
@@ -169,7 +173,8 @@ def _pair(at, a, b, x, y): # one line: names of two methods, their records
     test = paired_test(_bits(x), _bits(y))
     cells = dict(zip((*_PLACES, 'seed'), at))
     cells |= {f'H of {name}': r['evaluation']['h'] for name, r in ((a, x), (b, y))}
-    return cells | {'images': test['n'], f'only {a} right': test['a_only'], f'only {b} right': test['b_only'], 'p': test['p']}
+    only = {f'only {a} right': test['a_only'], f'only {b} right': test['b_only']}
+    return cells | {'images': test['n']} | only | {'p': test['p']}
 
 def peer_pairs(records:list, # of `load_records`
                a:str='ipo',  # a method
@@ -196,7 +201,8 @@ def _gain(found): return f"{found['mean']:+.1f} ± {found['sd']:.1f} (p = {found
 
 def _gain_row(clip, shots, title, base, novel, h): # three gains in words
     gap = f"{novel['mean'] - base['mean']:+.1f}"
-    return dict(CLIP=clip, shots=shots, method=title, runs=h['runs'], base=_gain(base), novel=_gain(novel), H=_gain(h), gap=gap)
+    gains = dict(base=_gain(base), novel=_gain(novel), H=_gain(h), gap=gap)
+    return dict(CLIP=clip, shots=shots, method=title, runs=h['runs']) | gains
 
 def peer_gains(records:list, # of `load_records`
                reference:str='default' # the method that gains are counted from
@@ -218,7 +224,8 @@ def _vector_row(record, vector): # one line: what is left without one learned ve
     removed = 'nothing' if vector['removed'] is None else f"vector {vector['removed'] + 1}"
     lost = round(vector['h'] - record['tokens'][0]['h'], 4)
     s = record['settings']
-    return {'dataset': record['dataset'], 'shots': s['shots'], 'seed': s['seed'], 'method': record['title'], 'removed': removed,
+    return {'dataset': record['dataset'], 'shots': s['shots'], 'seed': s['seed'],
+            'method': record['title'], 'removed': removed,
             'nearest words (distance)': _nearest_words(vector), 'base': vector['base'], 'novel': vector['novel'],
             'H': vector['h'], 'change of H': lost}
 
@@ -312,7 +319,8 @@ def _column(ax, points, texts): # names beside points that stand above each othe
     order = np.argsort(px[:, 1], kind='stable')
     for i, y in zip(order, _spread(px[order, 1], 11.5/scale)):
         offset = 20, (y - px[i, 1])*scale
-        yield ax.annotate(texts[i], points[i], offset, textcoords='offset points', va='center', size=8, zorder=5, arrowprops=_THREAD)
+        yield ax.annotate(texts[i], points[i], offset, textcoords='offset points', va='center', size=8, zorder=5,
+                          arrowprops=_THREAD)
 
 # %% ../../nbs/paper/01_methods.ipynb #cce22d10
 _AROUND = [(7, -3, 'left'), (-7, -3, 'right'), (7, 7, 'left'), (7, -13, 'left'), (-7, 7, 'right'), (-7, -13, 'right'),
@@ -333,7 +341,7 @@ def _box(ax, point, text, place, renderer): # what a name would cover there
     return box
 
 # %% ../../nbs/paper/01_methods.ipynb #9ad61570
-def _name_points(ax, points, texts, column): # each name near its point, clear of the others; `column`: x of points that share one
+def _name_points(ax, points, texts, column): # each name near its point; `column`: x of points above each other
     renderer = FigureCanvasAgg(ax.figure).get_renderer()
     ax.figure.draw_without_rendering()
     frame = ax.get_window_extent(renderer)

@@ -26,7 +26,8 @@ def paper_file(name:str # such as 'base_to_novel'
     folder = cards_dir()/'paper'
     known = sorted(p.stem for p in folder.glob('*.csv'))
     if name not in known:
-        raise IpoError(f"there is no table '{name}' of the paper{nearest(name, known) or ':'} there are {', '.join(known)}.")
+        hint = nearest(name, known) or ':'
+        raise IpoError(f"there is no table '{name}' of the paper{hint} there are {', '.join(known)}.")
     with open(folder/f'{name}.csv', encoding='utf-8', newline='') as f: return tuple(csv.DictReader(f))
 
 def accuracies(row:dict) -> dict: # base, novel, h as numbers
@@ -72,9 +73,11 @@ FLAWS = {
        "Tables 28 and 29 print H 69.55 for CoOp's third vector and 67.00 for `<CLASS>.`; "
        "their columns give 56.99 and 69.99."),
  '4': ("Table 5 of the paper, about visual prompt tuning, repeats the nine numbers of its table 4.",),
- '6': ("The paper's 1-shot rows of IPO are each the score of one prompt, picked by its accuracy on the few-shot images; "
+ '6': ("The paper's 1-shot rows of IPO are each the score of one prompt, picked by its accuracy on the few-shot "
+       "images; "
        "no mean over seeds and no interval. Expect a mean over seeds at or below it.",
-       "The paper's CLIP row has a template for each dataset; one template for all has 68.27 / 73.99 / 71.02 on average.",
+       "The paper's CLIP row has a template for each dataset; one template for all has 68.27 / 73.99 / 71.02 on "
+       "average.",
        "The paper prints H 96.43 for IPO on Pets, and its two columns give 96.17."),
  '7': ("Table 7 sets IPO's 1-shot row beside methods of 16 shots; its 16-shot row of IPO is the printed average of "
        "table 8, which is not the mean of that table's rows.",),
@@ -87,7 +90,8 @@ FLAWS = {
  '10': ("BLIP-2 has H 73.16 in table 2b, and its two columns give 74.16.",),
  '12': ("Table 12 (ImageNet, 1 shot) repeats table 6, and its row of GPT-4o is that of 128 described images in "
         "table 14, beside a row of GPT-3.5 with 64; the paper's text says that GPT-3.5 gains nothing on ImageNet.",),
- '14': ("Three values of H in the paper's table 14 are not those of their columns (GPT-3.5 at 16, GPT-4o at 4 and at 64).",
+ '14': ("Three values of H in the paper's table 14 are not those of their columns "
+        "(GPT-3.5 at 16, GPT-4o at 4 and at 64).",
         "Its text chooses 128 described images, and the ImageNet row of table 6 is that of 64."),
  '16': ("Table 16 (b) sets IPO's H beside PLOT's accuracy over all classes, which is another measure; "
         "part (a) has the average of IPO that is not the mean of table 8's rows.",)}

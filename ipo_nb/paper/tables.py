@@ -20,7 +20,6 @@ from ..evidence.compare import READING, TESTED, TITLES, Cell, answers, check_ali
 # isort: split
 from ..evidence.compare import mark_best, missing_seeds, missing_seeds_of, place_of, settings_of, versus, with_best
 from ..evidence.records import SEARCHES, Record, Shelf, best_so_far, record_folders, search_name, search_records
-from ..evidence.report import trajectory
 from ..evidence.show import COLOURS, Num, Picture, Table, picture
 from ..stats import rank_correlation, spread, told_apart, unpack_bits
 from .methods import peer_scatter, summarise
@@ -107,7 +106,8 @@ def _block_rows(name, block): # method (and what also differs) -> `Cell`; lines,
         also = m[len(cell.answers[0]['method']):]
         title = _title(cell) + (f' ({also})' if also else '')
         p = versus(ipo, cell) if ipo and m != 'ipo' else None
-        out.append(dict(dataset=name, method=title, base=n['base'], novel=n['novel'], H=n['h'], seeds=len(cell.seeds), p=p))
+        numbered = dict(base=n['base'], novel=n['novel'], H=n['h'], seeds=len(cell.seeds), p=p)
+        out.append(dict(dataset=name, method=title) | numbered)
     return out, [block[m] for m in sorted(block, key=lambda m: -numbers[m]['h'].mean)]
 
 def _all_rows(cells, shots): # lines of all blocks, with the paper's columns
@@ -192,7 +192,7 @@ def _paper_at(paper, dataset, cell, values): # the paper's row for one value, wh
     here = dataset == 'imagenet' if paper[0] == '14' else eleven
     return paper_ablation(paper[0], paper[1](*values)) if here else None
 
-def _axis_block(dataset, block, columns, paper): # (method, values) -> `Cell`; lines of one dataset, and the paper's rows
+def _axis_block(dataset, block, columns, paper): # (method, values) -> `Cell`; lines of one dataset, the paper's rows
     mine = {values: c for (method, values), c in block.items() if method == 'ipo'}
     numbers, rows, theirs = with_best(mine), [], []
     for v in sorted(mine, key=_order):
@@ -228,7 +228,8 @@ def axis_table(runs:list,     # of `Record`
         rows, theirs = rows + lines, theirs + printed
     rows = [r | p for r, p in zip(rows, paper_columns(theirs))]
     lacking = missing_seeds({(named(v),): c for (_, m, v), c in cells.items() if m == 'ipo'})
-    tested = f'p: IPO against the random control of the same runs, {TESTED}; bold: better than every other row of the dataset, p < 0.05.'
+    tested = (f'p: IPO against the random control of the same runs, {TESTED}; '
+              'bold: better than every other row of the dataset, p < 0.05.')
     said = [*verdicts, READING, tested, *notes, *lacking, *FLAWS.get((paper or ('',))[0], ())]
     return Table(name, title + setting_title(runs), rows, notes=tuple(said if rows else ()), command=command)
 
@@ -277,7 +278,7 @@ def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
 # %% ../../nbs/paper/02_tables.ipynb #638133d4
 def _seeds_spread(values): return spread(values) if len(set(values)) > 1 else None
 
-def _over_seeds(values, intervals): # `Num` of numbers without answers to single images; the interval is the mean of theirs
+def _over_seeds(values, intervals): # `Num` of numbers without answers to single images; the mean of their intervals
     low, high = np.mean(intervals, axis=0)
     return Num(float(np.mean(values)), _seeds_spread(values), float(low), float(high))
 
@@ -302,7 +303,7 @@ def _answers_at(mine, target, method): # seed -> truth values, of records that k
     found = [(r, t) for r, t in mine if (t['dataset'], t['method']) == (target, method)]
     return {r.result['settings']['seed']: unpack_bits(t['correct']) for r, t in found if t.get('correct')}
 
-def _told_on(mine, targets, a, b): # p over the images of targets, on the seeds that both methods have; None without answers
+def _told_on(mine, targets, a, b): # p over the images of targets, on the seeds that both have; None without answers
     pairs = []
     for d in targets:
         x, y = _answers_at(mine, d, a), _answers_at(mine, d, b)
@@ -319,7 +320,8 @@ def _transfer_verdict(rows): # a sentence for each source
         found = {r['method']: r for r in rows if r['source'] == source and '(paper)' not in r['method']}
         ipo = found.pop('IPO', None)
         if not ipo or not found: continue
-        yield f"From {source}, IPO is on average over the targets {', '.join(_gain_on(ipo, r) for r in found.values())}."
+        gains = ', '.join(_gain_on(ipo, r) for r in found.values())
+        yield f"From {source}, IPO is on average over the targets {gains}."
 
 # %% ../../nbs/paper/02_tables.ipynb #522cca7c
 def _scores_at(mine, target, method): # (accuracy, interval) of each run
@@ -345,7 +347,7 @@ def _on_average(mine, at, methods): # method -> `Num` over all targets
 def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a row of its transfer
     targets, methods = (list(dict.fromkeys(t[k] for _, t in mine)) for k in ('dataset', 'method'))
     have = {(t['dataset'], t['method']) for _, t in mine}
-    whole = [d for d in targets if all((d, m) in have for m in methods)] # a prompt may be too long for the names of a target
+    whole = [d for d in targets if all((d, m) in have for m in methods)] # a prompt may be too long for a target's names
     if not whole: return []
     at, seeds = _on_targets(mine, whole, methods), len({r.result['settings']['seed'] for r, _ in mine})
     rows = []
@@ -364,7 +366,8 @@ def _aligned(rows): # rows with the same columns
     return [{k: r.get(k) for k in columns} for r in rows]
 
 # %% ../../nbs/paper/02_tables.ipynb #81603f29
-_ELSEWHERE = ('All classes of each target, where the hand-written template is its own; mean ± standard deviation over seeds '
+_ELSEWHERE = ('All classes of each target, where the hand-written template is its own; mean ± standard deviation over '
+              'seeds '
               f'[mean of their 95 % intervals]; p: IPO against this method, {TESTED}; '
               'bold: better than every other method, p < 0.05.')
 
@@ -400,7 +403,8 @@ def first_runs(runs:list, shots:int=1, where:dict=None, mix:bool=False # as in `
     return [*first.values()]
 
 def _description_row(run, d): # one line
-    return {'dataset': run.result['dataset'], 'class': d['name'], 'description': d['text'], 'note': ', '.join(d.get('flags', ()))}
+    note = ', '.join(d.get('flags', ()))
+    return {'dataset': run.result['dataset'], 'class': d['name'], 'description': d['text'], 'note': note}
 
 def descriptions_sheet(runs:list, most:int=6, # of `first_runs`; rows of each dataset
                        command:str='ipo_sweep peers') -> Table: # a row an image
@@ -421,7 +425,7 @@ def _step_row(step, read, said, best): # one line
             'accuracy': best.accuracy, 'loss': best.loss}
 
 def steps_sheet(run:Record) -> Table: # step 0, then each step of which the record keeps the message
-    "What the optimizer read at the first, middle and last step, and the best prompt by then (the paper's figures 2 to 8)."
+    "What the optimizer read at the first, middle and last step, and the best prompt by then (figures 2 to 8)."
     r, best = run.result, dict(best_so_far(run.history))
     said = {l['step']: '\n'.join(c['prompt'] for c in l['candidates']) for l in run.history}
     rows = [_step_row(0, '', '', best[0])]
@@ -467,7 +471,8 @@ def words_sheet(run:Record) -> Table: # a line for each part that is left out
     note = _words_note([w for w in parts if w['kind'] != 'whole'], half_width(whole))
     dataset, seed = run.result['dataset'], run.result['settings']['seed']
     title = f"{dataset}, seed {seed}: words left out{setting_title([run])}"
-    return Table(f'words_{dataset}', title, [*rows, *others], ('left out', 'prompt'), notes=(note,), command='ipo_sweep peers')
+    return Table(f'words_{dataset}', title, [*rows, *others], ('left out', 'prompt'), notes=(note,),
+                 command='ipo_sweep peers')
 
 def words_sheets(runs:list # of `first_runs`
                 ) -> list: # a `Table` for each run
@@ -565,7 +570,8 @@ def _seg_printed(row): # one of the paper's
     return dict.fromkeys(_SEG_COLUMNS) | at | {title: Num(float(row[k])) for k, title in _SEG.items()}
 
 def segmentation_sheet(folders, # as of `read_records`
-                       command:str='python -m ipo_nb.paper.segmentation') -> Table: # a row for each set of scenes, path and method
+                       command:str='python -m ipo_nb.paper.segmentation'
+                      ) -> Table: # a row for each set of scenes, path and method
     "Zero-shot segmentation with the default and with optimized prompts (the paper's table 13)."
     records = [json.loads(p.read_text(encoding='utf-8')) for p in segmentation_files(folders)]
     if not records: return Table('segmentation', 'Zero-shot segmentation', [], command=command)
@@ -636,7 +642,8 @@ def _mean_sd(values): # 'mean ± sd' of numbers that may lack
 _TRIED = {'ρ of few-shot accuracy and H': 'accuracy', 'ρ of few-shot loss and H': 'loss', 'H chosen': 'chosen',
           'median H': 'median', 'best H': 'best', 'regret': 'regret', 'H of random control': 'control',
           'H of hand-written template': 'template'}
-_TRIED_NOTE = ("Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and of its "
+_TRIED_NOTE = ("Mean ± standard deviation over seeds; ρ is taken within each run, over all scored prompts of IPO and "
+               "of its "
                "control; a good loss is a low one. The best H was found by looking at the test images, and no method "
                "could have chosen it.")
 
@@ -707,7 +714,8 @@ def _cost_verdict(rows): # a sentence for each dataset
     for dataset in dict.fromkeys(r['dataset'] for r in rows):
         mine = [r for r in rows if r['dataset'] == dataset]
         top, rho = mine[0], rank_correlation([r[_SECONDS] for r in mine], [r['H'].mean for r in mine])
-        over = f"; over the {len(mine)} methods the rank correlation of seconds and H is {rho:.2f}" if rho is not None else ''
+        said = f"; over the {len(mine)} methods the rank correlation of seconds and H is"
+        over = f"{said} {rho:.2f}" if rho is not None else ''
         yield (f"{dataset}: the highest H is that of {top['method']}, with {top[_SECONDS]:.1f} seconds "
                f"and {top['LLM calls']} LLM calls{over}.")
 
@@ -733,7 +741,8 @@ def cost_sheet(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as i
     title = f'What each method costs, {shots}-shot{setting_title(runs)}'
     return Table(f'cost_{shots}shot', title, rows, notes=tuple(said), command=command)
 
-def cost_figures(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, cost:str='seconds' # as in `family`, `peer_scatter`
+def cost_figures(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as in `family`
+                 cost:str='seconds' # as in `peer_scatter`
                 ) -> dict: # dataset -> `Picture`
     "H against cost, one picture a dataset."
     answered, *_ = _method_rows(shelf, dict(shots=shots) | (where or {}), mix)
