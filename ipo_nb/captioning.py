@@ -469,10 +469,21 @@ def _ask(self:VisionCaptioner, image, question):
     return reply.text
 
 # %% ../nbs/06_captioning.ipynb #588fa29e
+def _held(path):
+    "An answer in the cache; None where there is none, or it is not what was written for this request."
+    if not path.exists(): return None
+    try:
+        said = json.loads(path.read_text(encoding='utf-8'))
+        written = said.pop('sha', None) # not in files of 0.1.0
+        if written in (None, sha(path.stem, said)): return Reply(**said)
+    except (ValueError, TypeError, AttributeError): pass
+    print(f'the answer {path.name[:12]} in the cache is damaged: it is asked for anew')
+
 @patch
 def _cached(self:VisionCaptioner, request, image, question):
     path = Path(self.cache or cache_dir('descriptions'))/f'{sha(request)}.json'
-    if path.exists(): return Reply(**json.loads(path.read_text()))
+    held = _held(path)
+    if held: return held
     reply = self._request(image, question)
     reply = Reply(' '.join(reply.text.split()), reply.tokens_in, reply.tokens_out, reply.note, 1)
     self.calls += 1
@@ -481,7 +492,7 @@ def _cached(self:VisionCaptioner, request, image, question):
     if not reply.text:
         raise IpoError(f"the captioner {self.spec} answered nothing for {image.key} ({reply.note or 'empty'}): "
                        "try another model, or captioner='clip'.")
-    write_json(path, asdict(reply))
+    write_json(path, asdict(reply) | dict(sha=sha(path.stem, asdict(reply))))
     return reply
 
 # %% ../nbs/06_captioning.ipynb #bb1e207f

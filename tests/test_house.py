@@ -21,6 +21,7 @@ FLOORS = [
     {'study'},
     {'cluster'},
     {'sweep'},
+    {'commands'},
 ]
 WITHOUT_TORCH = 'stats', 'evidence' # read records on any machine
 FILES = {}

@@ -68,9 +68,10 @@ def _result(path):
     return found
 
 # %% ../../nbs/evidence/00_records.ipynb #de8f5b96
-def _with_fluency(result, fluency): # scipy is loaded only here
-    from ipo_nb.evaluation import with_fluency
-    return with_fluency(result, fluency)
+def _held(result, path, manifest): # against its own answers; scipy is loaded only here
+    from ipo_nb.evaluation import check_answers, with_fluency
+    check_answers(result, path/'result.json', manifest)
+    return with_fluency(result, manifest.get('fluency'))
 
 def load_record(folder # of a finished run, of a search or of a peer
                ) -> Record|dict: # of a peer result.json, with its `manifest`, the `seconds` of that, and its `folder`
@@ -80,12 +81,13 @@ def load_record(folder # of a finished run, of a search or of a peer
     if 'method' in result:
         manifest = read_record_file(path/'manifest.json')
         _check(path/'manifest.json', manifest, ['seconds'])
+        result = _held(result, path, manifest)
         return result | dict(seconds=manifest['seconds']['learn'], manifest=manifest, folder=str(path))
     history = read_jsonl(path/'history.jsonl')
     if not history: raise damaged(path, 'has a result but no journal (history.jsonl)')
     config = read_record_file(path/'config.json', {})
     manifest = read_record_file(path/'manifest.json', {})
-    if manifest.get('fluency') is not None: result = _with_fluency(result, manifest['fluency'])
+    result = _held(result, path, manifest)
     return Record(path, result, config, history, read_jsonl(path/'control.jsonl'), manifest)
 
 Record.load = staticmethod(load_record)
@@ -229,7 +231,7 @@ def made_up_run(folder,            # of the run
                 **settings         # of the run
                ) -> Record: # as read back
     "A run of invented numbers with settings of one's own."
-    from ipo_nb.evaluation import make_evaluation
+    from ipo_nb.evaluation import compare_all, make_evaluation
     r = made_up_record(folder, steps=4, k=3).result
     said = r['settings'] | dict(dataset=dataset, shots=1, seed=1) | settings
     skills = {'IPO': (skill, said), 'default prompt': (.66, 0), 'hand-written template': (.7, 0),
@@ -238,8 +240,11 @@ def made_up_run(folder,            # of the run
         skill, noise = skills[name]
         return _made_up_bits(dataset + half, skill, name, half, noise)
     named = [(m['name'], m['prompt']) for m in r['methods']]
-    methods = [make_evaluation(n, p, bits(n, 'base'), bits(n, 'novel')).to_dict() for n, p in named]
-    r |= dict(dataset=dataset, settings=said, methods=methods, tried=[_made_up_tried(i) for i in range(8)],
+    methods = [make_evaluation(n, p, bits(n, 'base'), bits(n, 'novel')) for n, p in named]
+    whole = {k: getattr(methods[0], k) for k in ('base', 'novel', 'h')}
+    words = [r['word_importance'][0] | whole, *r['word_importance'][1:]]
+    r |= dict(dataset=dataset, settings=said, methods=[m.to_dict() for m in methods], paired=compare_all(methods),
+              word_importance=words, tried=[_made_up_tried(i) for i in range(8)],
               transfer=_made_up_transfer(dataset))
     write_json(Path(folder)/'result.json', r)
     return load_record(folder)
