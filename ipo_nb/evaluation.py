@@ -12,7 +12,6 @@ import gzip
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np

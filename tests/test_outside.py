@@ -7,7 +7,8 @@ from ipo_nb import captioning, core, llm, study, sweep
 from ipo_nb.core import IpoError
 
 KEY = 'sk-proj-Zx81Qw0pLm7'
-FORMS = {'user and password': f'user:{KEY}@host/v1', 'key as user': f'{KEY}@host/v1', 'escaped': f'user%3A{KEY}@host/v1',
+FORMS = {'user and password': f'user:{KEY}@host/v1', 'key as user': f'{KEY}@host/v1',
+         'escaped': f'user%3A{KEY}@host/v1',
          'api_key': f'host/v1?api_key={KEY}', 'key': f'host/v1?key={KEY}', 'token': f'host/v1?token={KEY}',
          'access_token': f'host/v1?v=1&access_token={KEY}', 'fragment': f'host/v1#{KEY}', 'path': f'host/{KEY}/v1'}
 SPECS = {name: f'openai:m@https://{form}' for name, form in FORMS.items()}
@@ -32,8 +33,10 @@ def test_a_key_in_an_address_is_refused_before_anything_is_written(spec, tmp_pat
     assert 's.yaml' in refused(lambda: sweep.load_sweep(file, dataset='mini_aerial', out_dir=str(folder)))
     assert not folder.exists()
 
-@pytest.mark.parametrize('line', [dict(run=dict(dataset='mini_aerial', settings=dict(captioner=SPECS['api_key']))),
-                                  dict(key='k', index=0, role='optimizer', replies=[], request=dict(llm=SPECS['path']))])
+OF_A_RUN = dict(run=dict(dataset='mini_aerial', settings=dict(captioner=SPECS['api_key'])))
+OF_A_CALL = dict(key='k', index=0, role='optimizer', replies=[], request=dict(llm=SPECS['path']))
+
+@pytest.mark.parametrize('line', [OF_A_RUN, OF_A_CALL])
 def test_a_key_in_a_recording_is_refused(line, tmp_path):
     file = tmp_path/'calls.jsonl'
     core.append_jsonl(file, line)

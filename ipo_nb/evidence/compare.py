@@ -136,7 +136,7 @@ def _unlike(what, was, now, here, there): # one sentence
 
 def check_alike(records:list, mix:bool=False # searches and peers
                ) -> None:
-    "Raises `IpoError` for the first pair that differs in code, weights, split or few-shot images; `mix`: does not look."
+    "Raises `IpoError` for the first pair that differs in code, weights, split or few-shot images; `mix`: looks not."
     first = {}
     for found in [] if mix else map(origin, records):
         folder = found.pop('folder')
