@@ -12,6 +12,7 @@ import gzip
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
@@ -73,8 +74,8 @@ def make_half(clip,       # a model of the scorer
 
 # %% ../nbs/08_evaluation.ipynb #3e8fb3fe
 def _correct(clip, prompts, half, predict=None): # [P, N] truth values
-    if predict is None: from ipo_nb.scorer import predict
-    return np.asarray(predict(clip, prompts, half.names, half.feats)) == np.asarray(half.labels)[None]
+    guess = predict or import_module('ipo_nb.scorer').predict # torch is loaded only here
+    return np.asarray(guess(clip, prompts, half.names, half.feats)) == np.asarray(half.labels)[None]
 
 def evaluate(clip,           # a model of the scorer
              prompts:dict,   # name of a method -> its prompt, or what else `predict` takes and `str` writes out

@@ -633,7 +633,7 @@ class LocalChat(LLM):
 
 # %% ../nbs/02_llm.ipynb #f432fc28
 @patch
-def describe(self:LocalChat) -> dict: # noqa: F811; model, revision, sampling, versions; of a folder its name alone
+def describe(self:LocalChat) -> dict: # noqa: F811 # model, revision, sampling, versions; of a folder its name alone
     "What stands behind the specification."
     name = Path(self.name).name if Path(self.name).exists() else self.name
     made = dict(sampling=self.sampling.given(), versions=_versions('torch', 'transformers'))
@@ -863,7 +863,7 @@ def _without(self:OpenAIChat, said, sent):
 
 # %% ../nbs/02_llm.ipynb #a95a0a42
 @patch
-def describe(self:OpenAIChat) -> dict: # noqa: F811; model, address, sampling, versions; never the key
+def describe(self:OpenAIChat) -> dict: # noqa: F811 # model, address, sampling, versions; never the key
     "What stands behind the specification."
     asked = dict(sampling=self.sampling.given(), refused=list(self.dropped), versions=_versions('openai'))
     return LLM.describe(self) | dict(model=self.model, base_url=self.url, **asked)

@@ -114,7 +114,7 @@ def _apart(value, col): # a cell as columns of CSV
     return {f'{col}{end}': y for end, y in zip(_ENDS, (x.mean, x.sd, x.low, x.high, x.best))}
 
 @patch
-def csv(self:Table) -> str: # noqa: F811; the whole file
+def csv(self:Table) -> str: # noqa: F811 # the whole file
     "Comma-separated values, unrounded, one number a column."
     split = {c for c in self.columns for r in self.rows if isinstance(r[c], Num)}
     rows = []

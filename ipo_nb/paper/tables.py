@@ -11,7 +11,6 @@ __all__ = ['setting_title', 'blocks_of', 'base_to_novel', 'axis_table', 'one_ans
 # %% ../../nbs/paper/02_tables.ipynb #467bfaa0
 import json
 import re
-from pathlib import Path
 import numpy as np
 from ..core import IpoError, nearest, sha
 from ..evaluation import unreadable
