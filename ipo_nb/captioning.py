@@ -20,6 +20,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class Drawing:
 def drawings(n:int=100 # of each world
             ) -> list: # `Drawing`s
     "Images of all kinds, the same for every CLIP."
-    return [Drawing(w, _FIRST + i) for w in WORLDS for i in range(n)]
+    return [Drawing(w, _FIRST + i) for w, i in product(WORLDS, range(n))]
 
 # %% ../nbs/06_captioning.ipynb #cbde9318
 def without_hubs(clip,      # from `load_clip`

@@ -27,6 +27,7 @@ import zlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 from platformdirs import user_cache_dir
@@ -349,7 +350,7 @@ def fields_for(*roles:str, # keys of `ROLES`, or 'result' or 'elsewhere'
                config=RunConfig # a model whose fields are `setting`s
               ) -> tuple: # names, in the order of the fields
     "The fields that have one of these roles."
-    wanted = {r for role in roles for r in _GROUPS.get(role, (role,))}
+    wanted = set().union(*(_GROUPS.get(role, (role,)) for role in roles))
     odd = wanted - ROLES.keys()
     if odd: raise ValueError(f"no role '{min(odd)}'")
     return tuple(n for n, f in config.model_fields.items() if f.json_schema_extra['role'] in wanted)
@@ -563,8 +564,8 @@ def write_json(path, # file to write
 def _journal(path):
     "The bytes of a journal; an older one may be packed, as history.jsonl.gz."
     if not isinstance(path, zipfile.Path): path = Path(path)
-    folders = path.parent, record_path(path.parent)
-    places = [folder/name for folder in folders for name in (path.name, f'{path.name}.gz')]
+    folders, names = (path.parent, record_path(path.parent)), (path.name, f'{path.name}.gz')
+    places = [folder/name for folder, name in product(folders, names)]
     found = next((p for p in places if p.exists()), None)
     return read_stored(found) if found else b''
 

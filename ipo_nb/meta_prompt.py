@@ -13,7 +13,7 @@ import html
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import chain, combinations
 from fastcore.basics import patch
 from .core import DEFAULT_PROMPT, PLACEHOLDER, STATUSES, Candidate, IpoError, MetaPrompt, Scored, mask_classes
 
@@ -320,7 +320,9 @@ def _cut(text):
         elif before == _OPEN: out += lines[:1]
         elif after == _CLOSE: out += lines[-1:]
     out = [p for p in out if p != 'and']
-    return out or [p for l in _holding(''.join(bits[::2])) or _lines(bits[0])[:1] or [''] for p in _quoted(l)]
+    if out: return out
+    lines = _holding(''.join(bits[::2])) or _lines(bits[0])[:1] or ['']
+    return [*chain.from_iterable(map(_quoted, lines))]
 
 # %% ../nbs/07_meta_prompt.ipynb #045102f4
 _QUOTES = {'"':'"', '“':'”', '„':'“', '«':'»', "'":"'", '‘':'’', '`':'`'}
@@ -402,7 +404,8 @@ def parse_replies(replies,      # strings or `Reply` records
                  ) -> list: # `Candidate` records in the order of the replies
     "Find and judge the prompts in the answers of an optimizer; never raises on their content."
     known, out, good = {prompt_key(p) for p in seen}, [], 0
-    for piece in (p for r in replies for p in _cut(_spell(getattr(r, 'text', r)))):
+    pieces = chain.from_iterable(_cut(_spell(getattr(r, 'text', r))) for r in replies) # cut only as far as needed
+    for piece in pieces:
         if good == limit or len(out) >= _MOST_PIECES: break
         prompt = _clean(piece)
         status = judge(prompt, names, known, too_long)

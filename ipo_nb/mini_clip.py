@@ -12,6 +12,7 @@ import json
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 import numpy as np
 import open_clip
@@ -181,7 +182,8 @@ def _descend(opt, loss):
 
 # %% ../nbs/05_mini_clip.ipynb #3d30f622
 def _save_state(state, step, curve, model, opt):
-    moments = {f'opt.{i}.{k}': v for i,m in opt.state_dict()['state'].items() for k,v in m.items()}
+    moments = {}
+    for i,m in opt.state_dict()['state'].items(): moments |= {f'opt.{i}.{k}': v for k,v in m.items()}
     part, said = Path(f'{state}.part'), dict(step=str(step), curve=json.dumps(curve))
     save_file({**model.state_dict(), **moments}, part, metadata=said)
     part.replace(state)
@@ -386,8 +388,8 @@ def _table(measured):
 def _facts(path, training, measured):
     "What the card says beside the training record"
     file = path/'open_clip_model.safetensors'
-    captions = [caption(d,'pretrain',i) for d in WORLD_SHARE for i in range(4000)]
-    known = {w for c in captions for w in c.lower().strip('.').replace(',','').split()}
+    captions = [caption(d,'pretrain',i) for d,i in product(WORLD_SHARE, range(4000))]
+    known = set().union(*(c.lower().strip('.').replace(',','').split() for c in captions))
     ours = {d: m for d,m in measured.items() if d in WORLD_SHARE}
     extremes = [f"- {d}: best `{m['best'][0]}`, worst `{m['worst'][0]}`" for d,m in ours.items()]
     plan = training.get('plan')
@@ -412,7 +414,7 @@ def remarks(n:int, # how many images
     f = cache_dir('mini_clip')/f'{n}-{GENERATOR}-{sha(REMARKS)[:8]}.npy'
     if not f.exists():
         where = [_world_of(i, n) for i in range(n)]
-        said = [remark(w, 'pretrain', k, t) for w,k in where for t in range(TAKES)]
+        said = [remark(w, 'pretrain', k, t) for (w,k),t in product(where, range(TAKES))]
         each, tok = sorted(set(said)), open_clip.get_tokenizer('ViT-B-32')
         tokens = tok(each, context_length=CTX).numpy().astype(np.int32)
         np.save(f, tokens[np.searchsorted(each, said)].reshape(n, TAKES, CTX))

@@ -17,6 +17,7 @@ __all__ = ['PX', 'SS', 'GX', 'GY', 'TEXTURES', 'THINGS', 'LAND', 'COLOURS', 'STY
 
 # %% ../nbs/01_miniworld.ipynb #14706d38
 from dataclasses import dataclass, field
+from itertools import chain, product
 import numpy as np
 from PIL import Image, ImageDraw
 from .core import IpoError, nearest, seed_for, sha
@@ -649,11 +650,13 @@ def _edges(canvas):
 _LIGHT = {'dark':(.5,0), 'very dark':(.2,4), 'bright':(1.2,25), 'faded':(.4,120)} # gain and lift of a style
 _GRAIN = {'noisy':36, 'very noisy':90}
 
+def _recoloured(c): return tuple(255-v for v in c[1:]+c[:1]) # channels rolled, then inverted
+
 def _develop(s, canvas, shift):
     "The camera: from numbers of colours to pixels"
     r = s.rnd
     if shift=='sketch': canvas = _edges(canvas)
-    if shift=='recoloured': canvas.colours = [tuple(255-v for v in c[1:]+c[:1]) for c in canvas.colours]
+    if shift=='recoloured': canvas.colours = [*map(_recoloured, canvas.colours)]
     style = {'noisy':'very noisy','dark':'very dark','sketch':'plain'}.get(shift, s.style)
     x = canvas.pixels()
     for _ in range(3 if style=='blurry' else r.chance(.35)): x = _blur(x)
@@ -818,13 +821,15 @@ GENERATOR = '0207a79e79b2'
 
 def golden(k=37):
     "Hash of sample images and captions of all mini datasets"
-    images = [sha(render(d, s, i).tobytes()) for d in MINI for s in ('test','pretrain') for i in range(0, 300, k)]
-    return sha(images, [caption(d, 'pretrain', i) for d in WORLDS for i in range(99)])[:12]
+    sample = product(MINI, ('test','pretrain'), range(0, 300, k))
+    images = [sha(render(d, s, i).tobytes()) for d,s,i in sample]
+    return sha(images, [caption(d, 'pretrain', i) for d,i in product(WORLDS, range(99))])[:12]
 
 # %% ../nbs/01_miniworld.ipynb #c77242cc
 _SHADES = dict(green='tree|leaf|dark leaf|crop|green', brown='soil|roof|dark sand|dry', yellow='ripe', blue='water',
     beige='sand|light sand|dark sand|ripe|dry', grey='road|asphalt|other roof', black='dark leaf', white='snowy|paint')
-_HUED = {k: [(HUES|SEASONS)[h] for h in v.split('|')] for k,v in _SHADES.items()}
+def _hued(said): return [(HUES|SEASONS)[h] for h in said.split('|')]
+_HUED = {k: _hued(said) for k,said in _SHADES.items()}
 _OWN = {k: [c] for k,c in COLOURS.items()} | dict(beige=[])
 NAMED = {k: own+_HUED.get(k, []) for k,own in _OWN.items()} # name -> the colours that bear it
 
@@ -837,8 +842,8 @@ def unlike(a, # rgb, or an array of them in the last axis
     return ((512+red)*d[...,0] + 1024*d[...,1] + (767-red)*d[...,2])//256
 
 # %% ../nbs/01_miniworld.ipynb #b3c41d07
-_WHOSE = [n for n,shades in NAMED.items() for _ in shades]
-_RGB = np.array([c for shades in NAMED.values() for c in shades])
+_WHOSE = [*chain.from_iterable([n]*len(shades) for n,shades in NAMED.items())]
+_RGB = np.array([*chain.from_iterable(NAMED.values())])
 
 def colour_names(rgb, # of one colour
 ) -> tuple: # keys of `NAMED`, the nearest first
@@ -869,8 +874,8 @@ def _painted(s, shift):
     if shift=='sketch': return [((250,249,245), 1.)] # and thin lines
     canvas = dict(mini_textures=_texture, mini_objects=_thing, mini_aerial=_aerial)[s.world](s)
     count = np.bincount(canvas.index.ravel(), minlength=len(canvas.colours))
-    turned = [tuple(255-v for v in c[1:]+c[:1]) for c in canvas.colours]
-    return list(zip(turned if shift=='recoloured' else canvas.colours, count/canvas.index.size))
+    colours = [*map(_recoloured, canvas.colours)] if shift=='recoloured' else canvas.colours
+    return list(zip(colours, count/canvas.index.size))
 
 # %% ../nbs/01_miniworld.ipynb #bee5126f
 _CAMERA = dict(dark=(.5,0), bright=(1.2,25), faded=(.4,120)) # gain and lift of a style

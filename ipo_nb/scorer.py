@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
@@ -280,7 +281,8 @@ def _encode(clip, pixels):
 def _encode_images(clip, images, spans, workers=None, batch=None):
     "Yield unit features [n, D], float32 on the CPU, for each span (start, end) of the images."
     batch = batch or _BATCH[clip.device]
-    shards = [[range(i, min(i + batch, end)) for i in range(start, end, batch)] for start, end in spans]
+    def batches_of(start, end): return [range(i, min(i + batch, end)) for i in range(start, end, batch)]
+    shards = [batches_of(start, end) for start, end in spans]
     pixels, total = iter(_loader(clip, images, sum(shards, []), workers)), sum(end - start for start, end in spans)
     with progress(total=total, desc='image features', unit='image', disable=total <= 4*batch) as bar:
         for batches in shards:
@@ -388,7 +390,7 @@ def token_ids(clip:Clip, # loaded model
     "Prompts by names as tokens. Raises `IpoError` where there is nothing, or a text that does not fit."
     if not prompts or not names:
         raise IpoError('there is nothing to score: give at least one prompt and one class name.')
-    ids, lengths = _tokens(clip, [fill(p, n) for p in prompts for n in names])
+    ids, lengths = _tokens(clip, [fill(p, n) for p, n in product(prompts, names)])
     worst, limit = int(lengths.argmax()), clip.context_length
     n = int(lengths[worst])
     if n > limit:
@@ -536,6 +538,7 @@ def predict(clip:Clip, # loaded model
     prompts, out = list(prompts), []
     for i in range(0, len(prompts), 16):
         texts = text_features(clip, prompts[i:i+16], names)
-        found = [torch.stack([(part @ text.T).argmax(-1) for text in texts]) for part in feats.split(chunk)]
+        found = []
+        for part in feats.split(chunk): found.append(torch.stack([(part @ text.T).argmax(-1) for text in texts]))
         out.append(torch.cat(found, 1))
     return torch.cat(out)
