@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 import numpy as np
 from .core import PLACEHOLDER, IpoError, named_classes, sha
@@ -98,7 +99,7 @@ def compare(a:Evaluation, # one prompt
 def compare_all(methods:list # evaluations, the one of interest first
                ) -> list: # rows of `compare` for the first against each of the others
     "The chosen prompt against everything else."
-    return [row for m in methods[1:] for row in compare(methods[0], m)]
+    return [*chain.from_iterable(compare(methods[0], m) for m in methods[1:])]
 
 # %% ../nbs/08_evaluation.ipynb #a4f3db23
 NEAR = 1.5 # points between an interval that was drawn and the exact one
@@ -118,15 +119,17 @@ def _wrong_shares(m): # (what, said, true) of the numbers of a method that its a
             yield f"{key} of '{m['name']}'", m[key], true
 
 # %% ../nbs/08_evaluation.ipynb #e5f2eb3d
+_OF = dict(all=('base', 'novel'), base=('base',), novel=('novel',))
+
+def _bits(method, half): return np.concatenate([unpack_bits(method[f'{h}_correct']) for h in _OF[half]])
+
 def _wrong_pairs(result): # of the paired tests
     by = {m['name']: m for m in result['methods']}
     for row in result['paired']:
-        a, b = (np.concatenate([unpack_bits(by[row[k]][f'{h}_correct']) for h in _OF[row['half']]]) for k in 'ab')
+        a, b = (_bits(by[row[k]], row['half']) for k in 'ab')
         true = paired_test(a, b)
         if not all(np.isclose(row[k], x, rtol=1e-4) for k, x in true.items()):
             yield f"the paired test of '{row['a']}' and '{row['b']}'", {k: row[k] for k in true}, true
-
-_OF = dict(all=('base', 'novel'), base=('base',), novel=('novel',))
 
 def _wrong_rest(result): # where accuracies are said again
     first, whole = result['methods'][0], result['word_importance'][0]

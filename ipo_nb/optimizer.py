@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from .core import DEFAULT_PROMPT, STATUSES, Candidate, IpoError, MetaPrompt, RunConfig, Scored, append_jsonl
 
@@ -293,7 +294,7 @@ def propose(self:Search, step:int
     room = len(accepted) if self.max_scored is None else max(self.max_scored - self.spent.scored, 0)
     drop = {c.prompt for c in accepted[room:]} # over the budget of a control
     kept = [c for c in found if not (c.status == 'accepted' and c.prompt in drop)]
-    return [r for replies in asked for r in replies], kept
+    return [*chain.from_iterable(asked)], kept
 
 # %% ../nbs/09_optimizer.ipynb #e924ff29
 @patch

@@ -8,6 +8,7 @@ __all__ = ['with_nouns', 'weakest', 'Fluency', 'load_fluency']
 # %% ../nbs/08b_readability.ipynb #434cbcaa
 import re
 from importlib.util import find_spec
+from itertools import chain, islice
 from .core import PLACEHOLDER, IpoError, fill
 
 # %% ../nbs/08b_readability.ipynb #7dd8f2ad
@@ -91,8 +92,8 @@ def __call__(self:Fluency, prompts # texts with `<CLASS>`
             ) -> list: # one number a prompt, 2 decimals
     "The fluency of each prompt, averaged over nouns. Raises `IpoError` for an empty prompt."
     forms = [with_nouns(prompt) for prompt in prompts]
-    values = iter(map(_fluency, self.tokens([text for form in forms for text in form])))
-    return [round(sum(next(values) for _ in form)/len(form), 2) for form in forms]
+    values = map(_fluency, self.tokens([*chain.from_iterable(forms)]))
+    return [round(sum(islice(values, len(form)))/len(form), 2) for form in forms]
 
 # %% ../nbs/08b_readability.ipynb #4736e808
 def load_fluency(model=None, # a causal language model that is loaded already, as `Fluency` takes it

@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, signature
+from itertools import chain
 from pathlib import Path
 import torch
 import yaml
@@ -625,7 +626,7 @@ def facts(self:Study, counts:dict) -> dict:
 def cost(self:Study) -> dict: # role -> calls, tokens_in, tokens_out, cost; leaks of the captioner
     "What the study has used, by role. Raises `IpoError` where it is finished."
     s = self.searches()['IPO'].spent
-    flags = [f for d in self.describe() for f in d.get('flags', ())]
+    flags = [*chain.from_iterable(d.get('flags', ()) for d in self.describe())]
     leaks = dict(asked_again=flags.count('asked again'), masked=flags.count('masked'))
     proposed = dict(calls=s.calls, tokens_in=s.tokens_in, tokens_out=s.tokens_out)
     return dict(optimizer=priced(self.config, proposed),
@@ -755,7 +756,8 @@ def variant(self:Study, **changes # fields of `RunConfig`
 def _spent(record):
     "What a search has cost, for the peers that go on from it."
     by_role, seconds = record.result['cost'].values(), record.manifest.get('seconds', {})
-    out = {k: sum(role.get(k, 0) for role in by_role) for k in ('calls', 'tokens_in', 'tokens_out')}
+    def total(k): return sum(role.get(k, 0) for role in by_role)
+    out = {k: total(k) for k in ('calls', 'tokens_in', 'tokens_out')}
     spent = seconds.get('search', 0) + seconds.get('describe', 0)
     return out | dict(images=len(record.result['few_shot']), seconds=spent)
 

@@ -106,7 +106,7 @@ def _together(grid, place, where):
         if not isinstance(s, dict):
             raise IpoError(f"{where}: 'settings' in {place} holds {s!r}: "
                            'give dictionaries of parameters, as in [{}, {captioner: none}].')
-    return {str(k) for s in grid.get('settings', ()) for k in s}
+    return set(map(str, itertools.chain.from_iterable(grid.get('settings', ()))))
 
 # %% ../nbs/12_sweep.ipynb #357d07e9
 def _grid_names(grid, place, where):
@@ -150,12 +150,14 @@ def combinations(grid:dict # parameter -> values
     return [*map(_joined, itertools.product(*axes))]
 
 # %% ../nbs/12_sweep.ipynb #fef53226
+def _given(params): return {k: v for k, v in params.items() if v is not None}
+
 def expand(spec:Spec
           ) -> list: # parameters of each run
     "The runs of a sweep, in the order of the file."
     out = [spec.base | c for c in combinations(spec.grid)] if spec.grid or not spec.also else []
     for x in spec.also: out += [spec.base | x.model_extra | c for c in combinations(x.grid)]
-    return [{k: v for k, v in params.items() if v is not None} for params in out]
+    return [_given(params) for params in out]
 
 # %% ../nbs/12_sweep.ipynb #ff8cb4e8
 def varying(runs:list # parameters of each run
@@ -327,7 +329,7 @@ def _pace_of(folder):
 def paces(out_dirs # folders of records
          ) -> dict: # optimizer -> seconds a step, one number a finished record
     "What finished runs have taken."
-    out, folders = {}, [f for d in sorted(out_dirs) for f in records.records_in(d)]
+    out, folders = {}, [*itertools.chain.from_iterable(map(records.records_in, sorted(out_dirs)))]
     for pace in filter(None, map(_pace_of, folders)): out.setdefault(pace[0], []).append(pace[1])
     return out
 
@@ -371,7 +373,7 @@ def _aligned(column): # of a table's texts; the first one is its head
 def columns(rows:list # of equally long lists
            ) -> str: # aligned text
     "Rows under each other; what is a number stands right."
-    by_column = [_aligned([str(c) for c in column]) for column in zip(*rows)]
+    by_column = [_aligned([*map(str, column)]) for column in zip(*rows)]
     return '\n'.join('  '.join(row).rstrip() for row in zip(*by_column))
 
 def _cells(run, names): return [run.number, *(run.params.get(n, '') for n in names)]
@@ -390,7 +392,8 @@ def _plan_row(run, names, use):
 
 def _comes_to(spec, runs, uses, workers):
     "What is still to do, in a sentence."
-    total = {k: sum(use[k] for use in uses) for k in uses[0]}
+    def over_runs(k): return sum(use[k] for use in uses)
+    total = {k: over_runs(k) for k in uses[0]}
     time_, source = hours(runs, workers, spec.seconds_per_step)
     money = f", cost about {total['cost']:.4g} in the currency of your prices" if total['cost'] else ''
     lasts = f'hours: {source}' if time_ is None else f'about {time_:.2g} hours with {workers} at a time ({source})'

@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+from itertools import chain, product
 from pathlib import Path
 import pytest
 from PIL import Image
@@ -273,7 +274,7 @@ def test_classes_are_drawn_in_the_order_of_the_list(tmp_path): # Flowers' is not
     order = list(dict.fromkeys(i.label for i in ds.train))
     assert order != sorted(order)
     for label in order: drawn[label] = rng.sample([i for i in ds.train if i.label == label], 2)
-    assert few_shot(ds, 2, 3) == [i for label in range(ds.card.base) for i in drawn[label]]
+    assert few_shot(ds, 2, 3) == [*chain.from_iterable(drawn[label] for label in range(ds.card.base))]
 
 @real
 def test_published_list_of_other_images_is_refused():
@@ -617,7 +618,7 @@ def test_cars_and_flowers_from_matlab_files(tmp_path, cards):
     cards('stanford_cars', labels=card.labels.model_copy(update=dict(sha256={})))
     says(lambda: load_dataset('stanford_cars', tmp_path, split='own'),
          '8 of the 8 images that the labels of stanford_cars name are missing', 'for example cars_t')
-    touched(home, *(f'{d}/{i}.jpg' for d in ('cars_train', 'cars_test') for i in range(4)))
+    touched(home, *(f'{d}/{i}.jpg' for d, i in product(('cars_train', 'cars_test'), range(4))))
     ds = load_dataset('stanford_cars', tmp_path, split='own', verbose=False)
     assert ds.classes == ['2012 Audi TTS Coupe', '2006 Ford GT']
     assert {i.image.key.split('/')[0] for i in ds.train + ds.val + ds.test} == {'cars_train', 'cars_test'}
@@ -701,7 +702,7 @@ def test_imagenet_mistakes(imagenet):
     says(lambda: load_dataset('imagenet', imagenet, split='own'), 'there is no folder')
 
 def test_a_part_of_imagenet(tmp_path):
-    images = [f'{d}/{w}/{i}.JPEG' for w in synsets()[5:9] for d in ('train', 'val') for i in 'ab']
+    images = [f'{d}/{w}/{i}.JPEG' for w, d, i in product(synsets()[5:9], ('train', 'val'), 'ab')]
     touched(tmp_path/'imagenet'/'images', *images)
     ds = load_dataset('imagenet', tmp_path, split='subset', verbose=False)
     assert ds.classes == ['electric ray', 'stingray', 'rooster', 'hen'] and '1,000 classes' in ds.note

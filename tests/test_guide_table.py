@@ -1,4 +1,5 @@
 "CONTRIBUTING's guide `Add a table of the paper`, followed: a toy table, its files, and its row of the map."
+from itertools import chain, product
 from ipo_nb.evidence.compare import answers, check_alike, family, gather, versus, with_best
 from ipo_nb.evidence.records import made_up_shelf
 from ipo_nb.evidence.show import Table, Writer
@@ -10,7 +11,7 @@ COMMAND = 'ipo_sweep peers'
 def wins_table(runs): # a row a dataset: IPO, its control, and whether the two can be told apart
     runs, notes = family(runs)
     check_alike(runs)
-    cells = gather([a for r in runs for a in answers(r)], lambda a: (a['dataset'], a['method']))
+    cells = gather([*chain.from_iterable(map(answers, runs))], lambda a: (a['dataset'], a['method']))
     rows = []
     for dataset in dict.fromkeys(d for d, _ in cells):
         block = {m: cells[dataset, m] for m in ('ipo', 'random')}
@@ -35,6 +36,6 @@ def test_without_records_it_names_its_command(): assert COMMAND in wins_table([]
 def test_its_row_of_the_map():
     row = dict(paper='table 30', shows='wins', command=COMMAND, section='Wins', notebook='tables_and_figures.ipynb',
                state='embedded', needs=dict(kind='search', dataset=['plates', 'shells'], seeds=3))
-    records = [dict(kind='search', dataset=d, seed=s) for d in ('plates', 'shells') for s in (1, 2, 3)]
+    records = [dict(kind='search', dataset=d, seed=s) for d, s in product(('plates', 'shells'), (1, 2, 3))]
     assert map_state(row, records) == 'embedded record committed'
     assert needed(row['needs'], records[:3]) == 'dataset shells with 3 seeds'

@@ -6,6 +6,7 @@ import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, product
 import pytest
 import torch
 from ipo_nb import llm as L
@@ -270,8 +271,8 @@ def test_random_touches_no_global_state():
     assert random.getstate() == before
 
 def test_random_vocabulary_names_no_class():
-    names = {n for d in miniworld.MINI for n in miniworld.class_names(d)}
-    assert not [(w, n) for w in set(L.CONTROL_WORDS) for n in names if names_class(w, n)]
+    names = set(chain.from_iterable(map(miniworld.class_names, miniworld.MINI)))
+    assert not [(w, n) for w, n in product(set(L.CONTROL_WORDS), names) if names_class(w, n)]
 
 # --- local models
 

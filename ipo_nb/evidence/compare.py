@@ -11,6 +11,7 @@ __all__ = ['METHOD_KEYS', 'READING', 'TESTED', 'TITLES', 'settings_of', 'differe
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, product
 import numpy as np
 from fastcore.basics import patch
 from ..core import METHOD, IpoError, known_settings, nearest, sha
@@ -34,8 +35,8 @@ def _without(settings, axes): return {k: v for k, v in settings.items() if k not
 def differences(dicts:list # of settings
                ) -> str: # 'memory 0 or 20, ...'
     "The settings in which dictionaries differ."
-    keys = dict.fromkeys(k for d in dicts for k in d)
-    found = {k: list(dict.fromkeys(str(d.get(k)) for d in dicts)) for k in keys}
+    def values(k): return list(dict.fromkeys(str(d.get(k)) for d in dicts))
+    found = {k: values(k) for k in dict.fromkeys(chain.from_iterable(dicts))}
     return ', '.join(f"{k} {' or '.join(v)}" for k, v in found.items() if len(v) > 1)
 
 # %% ../../nbs/evidence/02_compare.ipynb #20986fcb
@@ -77,7 +78,7 @@ def family(runs:list,      # of `Record`
 # %% ../../nbs/evidence/02_compare.ipynb #f2abf5d3
 def _answers_of(run): # packed, of the two methods that a search makes itself
     mine = [m for m in run.result['methods'] if m['name'] in ('IPO', 'random control')]
-    return [m[f'{half}_correct'] for m in mine for half in ('base', 'novel')]
+    return [m[f'{half}_correct'] for m, half in product(mine, ('base', 'novel'))]
 
 def _distinct(runs): # each run once; of equal records that which says more
     def key(r):
@@ -102,7 +103,9 @@ _TWO_GRIDS = "the records hold two grids of one size, with {}: say which with wh
 def _chosen(groups, axes, mix, usual): # the largest group, of equals the one with the usual settings; or all of them
     def rest(group): return _without(settings_of(group[0]), axes)
     def order(g): return -_breadth(g, axes), _distance(rest(g), usual), -len(g), _distance(rest(g), _DEFAULTS)
-    if mix or len(groups) == 1: return [r for g in sorted(groups, key=lambda g: -_breadth(g, axes)) for r in g], []
+    if mix or len(groups) == 1:
+        broadest_first = sorted(groups, key=lambda g: -_breadth(g, axes))
+        return [*chain.from_iterable(broadest_first)], []
     first, second, *_ = ranked = sorted(groups, key=order)
     if order(first) == order(second): raise IpoError(_TWO_GRIDS.format(differences([rest(first), rest(second)])))
     others = sum(map(len, ranked[1:]))
@@ -179,6 +182,8 @@ def _once(rows): # one answer for each dataset and seed
     return [seen[k] for k in sorted(seen, key=str)]
 
 # %% ../../nbs/evidence/02_compare.ipynb #6c71fa4a
+def _stacked(halves): return {half: np.stack(rows) for half, rows in halves.items()} # [seeds, images]
+
 @dataclass(frozen=True)
 class Cell:
     "The answers of one method under one setting."
@@ -190,18 +195,20 @@ class Cell:
         for a in self.answers:
             halves = out.setdefault(a['dataset'], dict(base=[], novel=[]))
             for half, rows in halves.items(): rows.append(unpack_bits(a['evaluation'][f'{half}_correct']))
-        return {d: {half: np.stack(rows) for half, rows in halves.items()} for d, halves in out.items()}
+        return {d: _stacked(halves) for d, halves in out.items()}
 
     @property
     def seeds(self): return sorted({a['settings'].get('seed') for a in self.answers})
     @property
     def fixed(self): # does no seed change it?
-        return all((rows == rows[:1]).all() for halves in self.bits.values() for rows in halves.values())
+        every = chain.from_iterable(halves.values() for halves in self.bits.values())
+        return all((rows == rows[:1]).all() for rows in every)
 
     @property
     def by_seed(self): # half -> [seeds], averages over datasets; None where datasets have different numbers of seeds
         if len({len(d['base']) for d in self.bits.values()}) > 1: return None
-        return {half: np.mean([100*d[half].mean(1) for d in self.bits.values()], axis=0) for half in ('base', 'novel')}
+        def mean(half): return np.mean([100*d[half].mean(1) for d in self.bits.values()], axis=0)
+        return dict(base=mean('base'), novel=mean('novel'))
 
 # %% ../../nbs/evidence/02_compare.ipynb #0d36370e
 def gather(rows:list, # answers
@@ -214,11 +221,13 @@ def gather(rows:list, # answers
 
 # %% ../../nbs/evidence/02_compare.ipynb #07d4eeee
 def _means(cell): # base, novel, h, each dataset counted once
-    base, novel = (rounded(np.mean([100*d[half].mean() for d in cell.bits.values()])) for half in ('base', 'novel'))
+    def mean(half): return rounded(np.mean([100*d[half].mean() for d in cell.bits.values()]))
+    base, novel = mean('base'), mean('novel')
     return dict(base=base, novel=novel, h=harmonic_mean(base, novel))
 
 def _intervals(cell): # base, novel, h -> [low, high] over images
-    base, novel = (mean_law([resample_law(d[half]) for d in cell.bits.values()]) for half in ('base', 'novel'))
+    def law(half): return mean_law([resample_law(d[half]) for d in cell.bits.values()])
+    base, novel = law('base'), law('novel')
     return dict(base=law_interval(base), novel=law_interval(novel), h=law_interval_h(base, novel))
 
 def _spreads(cell): # base, novel, h -> standard deviation over seeds; None for one seed, and where no seed matters
@@ -248,7 +257,8 @@ def shared_bits(a:Cell, b:Cell, # two methods
     places = [k for k in x if k in y]
     for d in dict.fromkeys(k[0] for k in places):
         here = [k for k in places if k[0] == d]
-        p, q = ([unpack_bits(z[k][f'{half}_correct']) for k in here] for z in (x, y))
+        p = [unpack_bits(x[k][f'{half}_correct']) for k in here]
+        q = [unpack_bits(y[k][f'{half}_correct']) for k in here]
         if len(p[0]) != len(q[0]):
             sizes = f'{len(p[0])} and {len(q[0])}'
             raise IpoError(f"the records of {d} have {sizes} test images: compare runs of one split.")
@@ -261,7 +271,8 @@ def versus(a:Cell,       # one method
           ) -> float: # two-sided p; 1 where they share no seed of a dataset
     "Paired test on the seeds that both have: over images or over seeds, whichever is less sure."
     halves = ('base', 'novel') if half == 'h' else (half,)
-    return told_apart([pair for h in halves for pair in shared_bits(a, b, h).values()])
+    pairs = chain.from_iterable(shared_bits(a, b, h).values() for h in halves)
+    return told_apart([*pairs])
 
 # %% ../../nbs/evidence/02_compare.ipynb #3498b67d
 def gain(a:Cell, b:Cell # two methods
@@ -316,5 +327,5 @@ def missing_seeds(cells:dict # key (a tuple of words) -> `Cell`
     have = {}
     for key, cell in cells.items():
         for a in cell.answers: have.setdefault((*key, a['dataset']), set()).add(a['settings'].get('seed'))
-    named = [(dict.fromkeys(TITLES.get(x, str(x)) for x in key), seeds) for key, seeds in have.items()]
-    return _lacking([(', '.join(words), seeds) for words, seeds in named])
+    def words(key): return ', '.join(dict.fromkeys(TITLES.get(x, str(x)) for x in key))
+    return _lacking([(words(key), seeds) for key, seeds in have.items()])

@@ -94,7 +94,8 @@ Record.load = staticmethod(load_record)
 
 # %% ../../nbs/evidence/00_records.ipynb #2ec89d79
 def _candidates(history): # (step, candidate) in order
-    return [(line['step'], c) for line in history for c in line['candidates']]
+    for line in history:
+        for c in line['candidates']: yield line['step'], c
 
 def scored(history # lines of history.jsonl
           ) -> list: # a `Scored` for each accepted candidate, in order

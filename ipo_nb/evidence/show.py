@@ -12,6 +12,7 @@ import io
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from html import escape
+from itertools import chain, product
 from pathlib import Path
 import matplotlib as mpl
 from fastcore.basics import patch
@@ -73,6 +74,8 @@ class Table:
 # %% ../../nbs/evidence/01_show.ipynb #cbde00e1
 def _line(cells): return '| ' + ' | '.join(cells) + ' |'
 
+def _texts(table, row): return [table.cell(row, c) for c in table.columns]
+
 @patch
 def markdown(self:Table) -> str: # a pipe table and its footnotes
     "The table for GitHub and Jupyter."
@@ -80,7 +83,7 @@ def markdown(self:Table) -> str: # a pipe table and its footnotes
     if not self.rows and self.command:
         return '\n\n'.join([f'There are no records for this table yet: `{self.command}` makes them.', *notes])
     if not self.rows: return f'*{self.title}: none.*'
-    lines = [_line([self.cell(r, c) for c in self.columns]) for r in self.rows]
+    lines = [_line(_texts(self, r)) for r in self.rows]
     below = ['', *notes] if notes else []
     return '\n'.join([_line(map(safe, self.columns)), _line('---' for _ in self.columns), *lines, *below])
 
@@ -93,7 +96,7 @@ def _tr(tag, cells): return '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cell
 @patch
 def html(self:Table) -> str: # a <table>
     "The table for the page."
-    lines = [_tr('td', [self.cell(r, c) for c in self.columns]) for r in self.rows]
+    lines = [_tr('td', _texts(self, r)) for r in self.rows]
     return '\n'.join(['<table>', _tr('th', map(safe, self.columns)), *lines, '</table>'])
 
 # %% ../../nbs/evidence/01_show.ipynb #651de28e
@@ -116,7 +119,7 @@ def _apart(value, col): # a cell as columns of CSV
 @patch
 def csv(self:Table) -> str: # noqa: F811 # the whole file
     "Comma-separated values, unrounded, one number a column."
-    split = {c for c in self.columns for r in self.rows if isinstance(r[c], Num)}
+    split = {c for c, r in product(self.columns, self.rows) if isinstance(r[c], Num)}
     rows = []
     for r in self.rows:
         rows.append({})
@@ -156,8 +159,8 @@ def _tex_lines(table): # of the body, a little space between blocks
     return lines
 
 def _tex_columns(table): # a column of long texts gets a fixed width
-    long = [any(len(str(r[c])) > 45 for r in table.rows) for c in table.columns]
-    return ''.join('p{5cm}' if x else 'l' for x in long)
+    def is_long(c): return any(len(str(r[c])) > 45 for r in table.rows)
+    return ''.join('p{5cm}' if is_long(c) else 'l' for c in table.columns)
 
 @patch
 def latex(self:Table) -> str: # a table environment; \usepackage{booktabs} is all it needs
@@ -285,7 +288,7 @@ def fit_text(words:list, width:float, size:float # inches and points
             ) -> list: # lists of words that each fit a line
     "Break words into lines."
     lines = [[]]
-    for piece in (p for w in words for p in _pieces(w, width, size)):
+    for piece in chain.from_iterable(_pieces(w, width, size) for w in words):
         if lines[-1] and text_width(' '.join([*lines[-1], piece]), size) > width: lines.append([])
         lines[-1].append(piece)
     return lines

@@ -454,7 +454,8 @@ def _sum_up(kind, rows): # a line of the summary
 @patch
 def summary(self:Certificate) -> Table: # a row for each kind of claim, and all
     "How many printed numbers stand, fail, or were not judged."
-    rows = [_sum_up(kind, [r for r in self.rows if r['what'] == kind]) for kind in KINDS]
+    def of_kind(kind): return [r for r in self.rows if r['what'] == kind]
+    rows = [_sum_up(kind, of_kind(kind)) for kind in KINDS]
     return Table('summary', "Which of the paper's numbers stand", [*rows, _sum_up('all', self.rows)])
 
 # %% ../../nbs/paper/04_certify.ipynb #2da30930

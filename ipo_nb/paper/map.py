@@ -67,7 +67,9 @@ def needed(needs:dict, records:list # of a row; of `record_facts`
     "Whether committed records fulfil a row of the map: each value of each list, with so many seeds."
     seeds = needs.get('seeds', 1)
     many = f' with {seeds} seeds' if seeds > 1 else ''
-    single = [{k: v} for k, values in needs.items() if isinstance(values, list) for v in values]
+    single = []
+    for k, values in needs.items():
+        if isinstance(values, list): single += [{k: v} for v in values]
     for one in single or [{}]:
         found = {r.get('seed') for r in records if _meets(r, needs | one)}
         named = ''.join(f'{k} {v}' for k, v in one.items()) or 'such a record'

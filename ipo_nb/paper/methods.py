@@ -9,6 +9,7 @@ __all__ = ['COSTS', 'KINDS', 'COST_AXES', 'Row', 'summarise', 'with_seeds', 'ave
 
 # %% ../../nbs/paper/01_methods.ipynb #f87302d6
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,7 +53,9 @@ class Row:
     def paper(self): return in_paper(self.first) if self.dataset == self.first['dataset'] else None
     @property
     def cost(self): # means
-        return {k: float(np.mean([_spent(a).get(k, 0) for a in self.cell.answers])) for k in COSTS}
+        spent = [_spent(a) for a in self.cell.answers]
+        def mean(k): return float(np.mean([cost.get(k, 0) for cost in spent]))
+        return {k: mean(k) for k in COSTS}
 
 # %% ../../nbs/paper/01_methods.ipynb #853b707e
 def _settings(record): # that tell two methods of one name apart
@@ -65,8 +68,9 @@ def _variant(record):
 def _in_order(rows): return sorted(rows, key=lambda r: (*r.place, -r.numbers['h'].mean, r.title))
 
 def _odd(settings, others): # ' (epochs 5)' where a method is there with several settings
-    known = [{str(item) for item in s.items()} for s in others]
-    odd = [f'{k} {v}' for k, v in settings.items() if any(str((k, v)) not in s for s in known)]
+    known = [set(map(str, s.items())) for s in others]
+    def differs(item): return any(str(item) not in s for s in known)
+    odd = [f'{k} {v}' for k, v in filter(differs, settings.items())]
     return f" ({', '.join(odd)})" if odd else ''
 
 # %% ../../nbs/paper/01_methods.ipynb #5053a572
@@ -106,7 +110,7 @@ def averages(rows:list # of `summarise`
         for title in dict.fromkeys(r.title for r in block):
             mine = [r for r in block if r.title == title]
             if len(sets) < 2 or {r.dataset for r in mine} != sets: continue
-            together = tuple(a for r in mine for a in r.cell.answers)
+            together = tuple(chain.from_iterable(r.cell.answers for r in mine))
             out.append(Row(f'average of {len(sets)}', title, Cell(together)))
     return _in_order(out)
 
@@ -140,9 +144,11 @@ def peer_table(records:list # of `load_records`
     "Every method side by side (the paper's tables 6 and 8, with what each has cost)."
     rows = summarise(records)
     rows += averages(rows)
-    places = {k: {r.place[i] for r in rows} for i, k in enumerate(_PLACES)}
-    varied = [k for k, values in places.items() if len(values) > 1]
-    fixed = [f'{k} {v}' for k, values in places.items() for v in values if k not in varied]
+    varied, fixed = [], []
+    for i, k in enumerate(_PLACES):
+        values = {r.place[i] for r in rows}
+        if len(values) > 1: varied.append(k)
+        else: fixed += [f'{k} {v}' for v in values]
     paper = any(r.paper for r in rows)
     return Table('peers', _title(rows, fixed), [_row_cells(r, varied, paper) for r in rows])
 
@@ -199,6 +205,9 @@ _GAINS = ('mean ± standard deviation over runs (Wilcoxon signed-rank test); '
 
 def _gain(found): return f"{found['mean']:+.1f} ± {found['sd']:.1f} (p = {found['p']:.2g})"
 
+def _three_gains(records, method, reference):
+    return [over_runs(records, method, reference, k) for k in ('base', 'novel', 'h')]
+
 def _gain_row(clip, shots, title, base, novel, h): # three gains in words
     gap = f"{novel['mean'] - base['mean']:+.1f}"
     gains = dict(base=_gain(base), novel=_gain(novel), H=_gain(h), gap=gap)
@@ -212,7 +221,7 @@ def peer_gains(records:list, # of `load_records`
     for place in places:
         here = [r for r in records if _variant(r)[1:3] == place]
         titles = {r['method']: r['title'] for r in here if r['method'] != reference}
-        gains = {t: [over_runs(here, m, reference, k) for k in ('base', 'novel', 'h')] for m, t in titles.items()}
+        gains = {t: _three_gains(here, m, reference) for m, t in titles.items()}
         told = sorted(((t, g) for t, g in gains.items() if g[2]), key=lambda x: -x[1][2]['mean'])
         rows += [_gain_row(*place, t, *g) for t, g in told]
     return Table('peers_gains', f'Points gained over the {reference} prompt: {_GAINS}', rows)
@@ -232,7 +241,8 @@ def _vector_row(record, vector): # one line: what is left without one learned ve
 def tokens_table(records:list # of `load_records`
                 ) -> Table: # a row for each learned vector
     "What each learned vector is worth, and the words nearest to it (table 1b)."
-    rows = [_vector_row(r, vector) for r in records for vector in r.get('tokens', ())]
+    rows = []
+    for r in records: rows += [_vector_row(r, vector) for vector in r.get('tokens', ())]
     return Table('tokens', 'Learned vectors removed one by one', rows)
 
 # %% ../../nbs/paper/01_methods.ipynb #1bcac26f
@@ -393,7 +403,8 @@ def peer_scatter(rows:list, # of `Row`, one dataset, CLIP and shots
 def _ticks(least, most): # of a logarithmic axis, finer where it is short
     decades = 10.**np.arange(np.floor(np.log10(least)), np.ceil(np.log10(most)) + 1)
     steps = (1,) if len(decades) > 3 else (1, 2, 5)
-    return [float(t*d) for t in decades for d in steps if least/3 <= t*d <= most*3]
+    ticks = [t*d for t, d in product(decades, steps)]
+    return [float(x) for x in ticks if least/3 <= x <= most*3]
 
 def _finish(ax, none, least, most, free): # ticks, and the line of costless methods
     ticks = _ticks(least, most)

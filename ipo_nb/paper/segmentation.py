@@ -521,9 +521,11 @@ def seg_columns(prompts:dict # name -> prompt, the default prompt first
     return columns | {f'{best}, pooled': (prompts[best], 'pooled')}
 
 # %% ../../nbs/paper/05_segmentation.ipynb #2d73c49c
+def _printed_metrics(row): return {k: float(row[k]) for k in METRICS}
+
 def printed_segmenters() -> list: # dicts of method and `METRICS`
     "The paper's table 13."
-    return [dict(method=r['method']) | {k: float(r[k]) for k in METRICS} for r in paper_file('segmentation')]
+    return [dict(method=r['method']) | _printed_metrics(r) for r in paper_file('segmentation')]
 
 def _head(metric): return metric.replace('_', ' ')
 
@@ -566,7 +568,7 @@ def scenes_sha(scenes # a set of scenes
     return sha(*parts)
 
 def _facts(scenes): # what a record says about a set of scenes
-    seen, unseen = ([scenes.names[i] for i in half] for half in (scenes.seen, scenes.unseen))
+    seen, unseen = [scenes.names[i] for i in scenes.seen], [scenes.names[i] for i in scenes.unseen]
     generator = GENERATOR if scenes.name in DRAWN else None
     return dict(images=len(scenes), sha=scenes_sha(scenes), seen=seen, unseen=unseen, generator=generator)
 

@@ -11,6 +11,7 @@ __all__ = ['setting_title', 'blocks_of', 'base_to_novel', 'axis_table', 'one_ans
 # %% ../../nbs/paper/02_tables.ipynb #467bfaa0
 import json
 import re
+from itertools import chain, product
 import numpy as np
 from ..core import IpoError, nearest, sha
 from ..evaluation import unreadable
@@ -33,8 +34,10 @@ _SAID = dict(clip='CLIP', llm='optimizer', captioner='captioner', steps='steps')
 def setting_title(runs:list # of `Record`
                  ) -> str: # '; CLIP mini, optimizer smollm2, ...'
     "What all runs of a table share, for its title."
-    values = {word: {str(settings_of(r).get(k)) for r in runs} for k, word in _SAID.items()}
-    shared = [f'{word} {v}' for word, found in values.items() for v in found if len(found) == 1]
+    shared = []
+    for k, word in _SAID.items():
+        found = {str(settings_of(r).get(k)) for r in runs}
+        if len(found) == 1: shared.append(f'{word} {found.pop()}')
     return '; ' + ', '.join(shared) if shared else ''
 
 def _won(pairs): # (better, worse) of pairs of cells, beyond chance
@@ -69,8 +72,8 @@ def _method_rows(shelf, where, mix): # answers of the searches and of the peers 
     others = [r for r in shelf.runs if search_name(r.result['settings']) != 'ipo']
     others = [r for r in others if _at(r.result) in places and _variant(r) in same]
     check_alike([*runs, *others, *peers], mix)
-    mine, theirs = [a for r in runs for a in answers(r)], [a for r in others for a in search_records(r)]
-    return mine + theirs + peers, runs, notes
+    of_searches = chain(*map(answers, runs), *map(search_records, others))
+    return [*of_searches, *peers], runs, notes
 
 def _title(cell): return TITLES.get(cell.answers[0]['method'], cell.answers[0]['title'])
 
@@ -81,9 +84,10 @@ def blocks_of(cells:dict # (dataset, *key) -> `Cell`
     blocks = {}
     for (dataset, *key), cell in cells.items(): blocks.setdefault(dataset, {})[tuple(key)] = cell
     if len(blocks) < 2: return blocks
+    def together(key): return Cell(tuple(chain.from_iterable(b[key].answers for b in blocks.values())))
     first, *rest = blocks.values()
-    common = [k for k in first if all(k in b for b in rest)]
-    average = {k: Cell(tuple(a for b in blocks.values() for a in b[k].answers)) for k in common}
+    common = set(first).intersection(*rest)
+    average = {k: together(k) for k in first if k in common}
     return blocks | ({f'average of {len(blocks)}': average} if average else {})
 
 def _paper_of(cell, name, shots): # the paper's row for a cell of table 6 or 8
@@ -206,7 +210,7 @@ def _axis_cells(runs, axes, mix): # (dataset, method, values) -> `Cell`
         also = (differences([settings_of(a['run']), settings_of(runs[0])]),) if mix else ()
         method = 'ipo' if a['method'] in SEARCHES else a['method']
         return a['dataset'], method, (*place_of(a['run'], axes)[1:], *also)
-    return gather([a for r in runs for a in answers(r)], key)
+    return gather([*chain.from_iterable(map(answers, runs))], key)
 
 def axis_table(runs:list,     # of `Record`
                axes:tuple,    # settings that are varied
@@ -269,7 +273,7 @@ def prompts_table(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
     "What was found (the paper's tables 3 and 17)."
     runs, notes = family(runs, (), dict(shots=shots) | (where or {}), mix)
     check_alike(runs, mix)
-    rows = [row for r in sorted(runs, key=_by_dataset) for row in _prompt_rows(r)]
+    rows = [*chain.from_iterable(map(_prompt_rows, sorted(runs, key=_by_dataset)))]
     said = (_hard_to_read(rows), *missing_seeds_of(runs), *notes) if rows else tuple(notes)
     title = f'The prompts that were found, {shots}-shot{setting_title(runs)}'
     return Table(f'prompts_{shots}shot', title, rows + _printed_prompts(rows, shots), notes=said, command=command)
@@ -338,15 +342,18 @@ def _on_targets(mine, targets, methods): # target -> method -> `Num`
 def _on_average(mine, at, methods): # method -> `Num` over all targets
     nums = {}
     for m in methods:
-        accuracies = [a for d in at for a, _ in _scores_at(mine, d, m)]
+        scores = chain.from_iterable(_scores_at(mine, d, m) for d in at)
+        accuracies = [a for a, _ in scores]
         nums[m] = _mean_of([at[d][m] for d in at], accuracies)
     return _best_on(mine, nums, list(at))
 
 # %% ../../nbs/paper/02_tables.ipynb #d5303b5d
 def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a row of its transfer
-    targets, methods = (list(dict.fromkeys(t[k] for _, t in mine)) for k in ('dataset', 'method'))
+    targets = list(dict.fromkeys(t['dataset'] for _, t in mine))
+    methods = list(dict.fromkeys(t['method'] for _, t in mine))
     have = {(t['dataset'], t['method']) for _, t in mine}
-    whole = [d for d in targets if all((d, m) in have for m in methods)] # a prompt may be too long for a target's names
+    partly = {d for d, m in product(targets, methods) if (d, m) not in have} # a prompt may be too long for its names
+    whole = [d for d in targets if d not in partly]
     if not whole: return []
     at, seeds = _on_targets(mine, whole, methods), len({r.result['settings']['seed'] for r, _ in mine})
     rows = []
@@ -356,13 +363,14 @@ def _transfer_rows(source, mine): # of one source; mine: pairs of a run and a ro
     return rows
 
 def _skips(runs): # sentences about what was skipped
-    gone = [t for r in runs for t in r.result['transfer'] if t['skipped']]
+    every = chain.from_iterable(r.result['transfer'] for r in runs)
+    gone = [t for t in every if t['skipped']]
     about = {(t['dataset'], f" for {t['method']}" if t['method'] else '', t['skipped']) for t in gone}
     return sorted(f"{d} was skipped{method}: {why}" for d, method, why in about)
 
 def _aligned(rows): # rows with the same columns
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    return [{k: r.get(k) for k in columns} for r in rows]
+    blank = dict.fromkeys(chain.from_iterable(rows))
+    return [blank | r for r in rows]
 
 # %% ../../nbs/paper/02_tables.ipynb #81603f29
 _ELSEWHERE = ('All classes of each target, where the hand-written template is its own; mean ± standard deviation over '
@@ -373,7 +381,10 @@ _ELSEWHERE = ('All classes of each target, where the hand-written template is it
 def _papers_conditions(runs): return all(comparable(Cell(tuple(answers(r)))) for r in runs)
 
 def _from_source(runs, source, shifted): # lines of one source, and the paper's
-    here = [(r, t) for r in runs if r.result['dataset'] == source for t in r.result['transfer'] if not t['skipped']]
+    here = []
+    for r in runs:
+        if r.result['dataset'] != source: continue
+        here += [(r, t) for t in r.result['transfer'] if not t['skipped']]
     rows = _transfer_rows(source, [(r, t) for r, t in here if t['dataset'].startswith(source) == shifted])
     if not rows or shifted or source != 'imagenet' or not _papers_conditions(runs): return rows
     return rows + _paper_9([c for c in rows[0] if c in ELEVEN])
@@ -385,7 +396,7 @@ def transfer_sheet(runs:list, shifted:bool=False, # other datasets, or shifted v
     runs, notes = family([r for r in runs if r.result.get('transfer')], (), where, mix)
     check_alike(runs, mix)
     sources = dict.fromkeys(r.result['dataset'] for r in runs)
-    rows = [row for source in sources for row in _from_source(runs, source, shifted)]
+    rows = [*chain.from_iterable(_from_source(runs, source, shifted) for source in sources)]
     flaws = () if shifted else FLAWS['9']
     said = [*_transfer_verdict(rows), _ELSEWHERE, *missing_seeds_of(runs), *notes, *_skips(runs), *flaws]
     title = 'Shifted versions of the source' if shifted else 'The prompts on other datasets'
@@ -408,9 +419,12 @@ def _description_row(run, d): # one line
 def descriptions_sheet(runs:list, most:int=6, # of `first_runs`; rows of each dataset
                        command:str='ipo_sweep peers') -> Table: # a row an image
     "Descriptions of few-shot images (the paper's table 18)."
-    told = [(r, d) for r in runs for d in r.result.get('descriptions', [])]
-    rows = [_description_row(r, d) for r in runs for d in r.result.get('descriptions', [])[:most]]
-    leaks = sum(bool({'masked', 'asked again'} & {*d.get('flags', ())}) for _, d in told)
+    told, rows = [], []
+    for r in runs:
+        mine = r.result.get('descriptions', [])
+        told += mine
+        rows += [_description_row(r, d) for d in mine[:most]]
+    leaks = sum(bool({'masked', 'asked again'} & {*d.get('flags', ())}) for d in told)
     who = ', '.join(dict.fromkeys(settings_of(r)['captioner'] for r in runs))
     notes = (f"{leaks} of {len(told)} descriptions named their class at first and were asked for again or masked.",
              f"The first {most} of each dataset, by captioner {who}. "
@@ -423,10 +437,12 @@ def _step_row(step, read, said, best): # one line
     return {'step': step, 'read': read, 'answers': said, 'best prompt after it': best.prompt,
             'accuracy': best.accuracy, 'loss': best.loss}
 
+def _prompts_in(line): return '\n'.join(c['prompt'] for c in line['candidates'])
+
 def steps_sheet(run:Record) -> Table: # step 0, then each step of which the record keeps the message
     "What the optimizer read at the first, middle and last step, and the best prompt by then (figures 2 to 8)."
     r, best = run.result, dict(best_so_far(run.history))
-    said = {l['step']: '\n'.join(c['prompt'] for c in l['candidates']) for l in run.history}
+    said = {l['step']: _prompts_in(l) for l in run.history}
     rows = [_step_row(0, '', '', best[0])]
     for s in r['shown']:
         form = s.get('sent', 'message')
@@ -521,9 +537,10 @@ def tokens_sheet(shelf:Shelf, shots:int=16, # 1 or 16
     check_alike([*runs, *peers], mix)
     first = {}
     for p in peers: first.setdefault((p['dataset'], p['title']), p)
-    rows = [_token_row(p, vector) for p in first.values() for vector in p['tokens']]
-    sets = {p['dataset'] for p in first.values()}
-    rows += [_prompt_beside(x) for r in runs if r.result['dataset'] in sets for x in _prompt_rows(r)]
+    rows, sets = [], {p['dataset'] for p in first.values()}
+    for p in first.values(): rows += [_token_row(p, vector) for vector in p['tokens']]
+    prompts = chain.from_iterable(_prompt_rows(r) for r in runs if r.result['dataset'] in sets)
+    rows += map(_prompt_beside, prompts)
     rows.sort(key=lambda r: r['dataset'])
     notes = (_tokens_verdict([*first.values()]), _NO_READING) if rows else ()
     title = f'Learned vectors left out, {shots}-shot'
@@ -552,7 +569,8 @@ _RECORD_FILES = ('config', 'result', 'manifest', 'descriptions', 'peers', 'learn
 def segmentation_files(folders # as of `read_records`
                       ) -> list: # paths of records of `python -m ipo_nb.paper.segmentation`
     "They are the JSON files whose rows are compared with a first prompt."
-    files = {f for p in record_folders(folders) for f in p.rglob('*.json') if f.stem not in _RECORD_FILES}
+    found = chain.from_iterable(p.rglob('*.json') for p in record_folders(folders))
+    files = {f for f in found if f.stem not in _RECORD_FILES}
     return [f for f in sorted(files) if '"against_first"' in f.read_text(encoding='utf-8')]
 
 # %% ../../nbs/paper/02_tables.ipynb #5e9e0004
@@ -561,8 +579,8 @@ _MASKS = ("The paper's segmenters are trained on masks of the seen classes: no c
           "Mean ± standard deviation over the prompts of several seeds [95 % interval over images].")
 
 def _seg_row(at, rows): # one line: what the prompts of several seeds have in common
-    nums = [_over_seeds([r['metrics'][k] for r in rows], [r['intervals'][k] for r in rows]) for k in _SEG]
-    return dict(zip(_SEG_COLUMNS, (*at, *nums, len(rows))))
+    def over_seeds(k): return _over_seeds([r['metrics'][k] for r in rows], [r['intervals'][k] for r in rows])
+    return dict(zip(_SEG_COLUMNS, (*at, *map(over_seeds, _SEG), len(rows))))
 
 def _seg_printed(row): # one of the paper's
     at = {'scenes': 'photographs', 'path': 'trained on masks', 'prompt of': f"{row['method']} (paper)"}
@@ -574,8 +592,8 @@ def segmentation_sheet(folders, # as of `read_records`
     "Zero-shot segmentation with the default and with optimized prompts (the paper's table 13)."
     records = [json.loads(p.read_text(encoding='utf-8')) for p in segmentation_files(folders)]
     if not records: return Table('segmentation', 'Zero-shot segmentation', [], command=command)
-    rows, groups, scenes = [r for rec in records for r in rec['rows']], {}, {}
-    for r in rows:
+    groups, scenes = {}, {}
+    for r in chain.from_iterable(rec['rows'] for rec in records):
         scenes.setdefault(r['scenes'], []).append(r)
         if not r['name'].startswith('given'): groups.setdefault((r['scenes'], r['path'], _method(r)), []).append(r)
     ours = [_seg_row(at, mine) for at, mine in groups.items()]
@@ -586,8 +604,10 @@ def segmentation_sheet(folders, # as of `read_records`
                  notes=(*notes, _MASKS), command=records[0]['command'])
 
 # %% ../../nbs/paper/02_tables.ipynb #84628ad1
+def _best_values(journal, key): return [getattr(best, key) for _, best in best_so_far(journal)]
+
 def _curve(ax, journals, key, colour, label, style='-'): # mean and single seeds of the best so far
-    lines = [[getattr(best, key) for _, best in best_so_far(j)] for j in journals if j]
+    lines = [_best_values(j, key) for j in journals if j]
     if not lines: return
     n = max(map(len, lines))
     ys = np.array([l + [l[-1]]*(n - len(l)) for l in lines])
@@ -647,7 +667,8 @@ _TRIED_NOTE = ("Mean ± standard deviation over seeds; ρ is taken within each r
                "could have chosen it.")
 
 def _tried_row(dataset, found): # one line
-    columns = {title: _mean_sd([f[k] for f in found]) for title, k in _TRIED.items()}
+    def over_seeds(k): return _mean_sd([f[k] for f in found])
+    columns = {title: over_seeds(k) for title, k in _TRIED.items()}
     return {'dataset': dataset, 'seeds': len(found), 'prompts': sum(f['n'] for f in found)} | columns
 
 def _tried_verdict(found): # one sentence
@@ -664,7 +685,8 @@ def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
     check_alike(runs, mix)
     found = {}
     for r in runs: found.setdefault(r.result['dataset'], []).append(_tried_run(r))
-    said = [_tried_verdict([f for fs in found.values() for f in fs]), _TRIED_NOTE, *missing_seeds_of(runs), *notes]
+    every = [*chain.from_iterable(found.values())]
+    said = [_tried_verdict(every), _TRIED_NOTE, *missing_seeds_of(runs), *notes]
     rows = [_tried_row(d, fs) for d, fs in found.items()]
     title = f'Few-shot score against test accuracy, {shots}-shot{setting_title(runs)}'
     return Table(f'predict_{shots}shot', title, rows, notes=tuple(filter(None, said)) if rows else (), command=command)
@@ -673,8 +695,9 @@ def predict_sheet(runs:list, shots:int=1, where:dict=None, mix:bool=False, # as 
 _BESIDE = {'random control': -.6, 'IPO': .6} # few-shot accuracies have few values: the two stand side by side
 
 def _dots(ax, runs): # a dot a prompt, the chosen ones with a ring
+    tried = [*chain.from_iterable(r.result['tried'] for r in runs)]
     for by, shift in _BESIDE.items():
-        rows = [t for r in runs for t in r.result['tried'] if t['by'] == by]
+        rows = [t for t in tried if t['by'] == by]
         x, y = [t['accuracy'] + shift for t in rows], [t['h'] for t in rows]
         ax.scatter(x, y, s=12, alpha=.45, linewidths=0, color=COLOURS[by], label=by)
     x, y = [r.result['chosen']['accuracy'] + .6 for r in runs], [r.result['methods'][0]['h'] for r in runs]
@@ -683,9 +706,12 @@ def _dots(ax, runs): # a dot a prompt, the chosen ones with a ring
     if template is None: return
     ax.axhline(template, color=COLOURS['hand-written template'], lw=1, ls=':', label='hand-written template')
 
+def _different(run): return len({t['prompt'] for t in run.result['tried']})
+
 def _dots_title(dataset, runs): # dataset, mean correlation, and of how many prompts
-    rhos = [x for x in (_tried_run(r)['accuracy'] for r in runs) if x is not None]
-    n = sum(len({t['prompt'] for t in r.result['tried']}) for r in runs)
+    found = [_tried_run(r)['accuracy'] for r in runs]
+    rhos = [x for x in found if x is not None]
+    n = sum(map(_different, runs))
     rho = f'mean ρ {np.mean(rhos):.2f}, ' if rhos else ''
     return f"{dataset}\n{rho}n {n} in {len(runs)} run{'s'*(len(runs) > 1)}"
 
@@ -722,7 +748,8 @@ def _tokens(answer): return answer['cost'].get('tokens_in', 0) + answer['cost'].
 
 def _cost_row(dataset, cell): # one line
     def mean(values): return round(float(np.mean(values)))
-    calls, parameters = ([a['cost'].get(k, 0) for a in cell.answers] for k in ('calls', 'parameters'))
+    costs = [a['cost'] for a in cell.answers]
+    calls, parameters = [c.get('calls', 0) for c in costs], [c.get('parameters', 0) for c in costs]
     return {'dataset': dataset, 'method': _title(cell), 'H': cell.nums()['h'], 'LLM calls': mean(calls),
             'LLM tokens': mean([_tokens(a) for a in cell.answers]), 'trained parameters': mean(parameters),
             _SECONDS: float(np.mean([a['seconds'] for a in cell.answers])), 'seeds': len(cell.seeds)}
@@ -745,9 +772,11 @@ def cost_figures(shelf:Shelf, shots:int=1, where:dict=None, mix:bool=False, # as
                 ) -> dict: # dataset -> `Picture`
     "H against cost, one picture a dataset."
     answered, *_ = _method_rows(shelf, dict(shots=shots) | (where or {}), mix)
-    rows = summarise([a for cell in _by_method(answered).values() for a in cell.answers])
+    every = chain.from_iterable(cell.answers for cell in _by_method(answered).values())
+    rows = summarise([*every])
     sets = sorted({r.dataset for r in rows})
-    return {d: peer_scatter([r for r in rows if r.dataset == d], cost) for d in sets}
+    def scatter(dataset): return peer_scatter([r for r in rows if r.dataset == dataset], cost)
+    return {d: scatter(d) for d in sets}
 
 # %% ../../nbs/paper/02_tables.ipynb #e037e643
 _NAMESPACE = ('In', 'Out', 'exit', 'quit', 'open', 'get_ipython')

@@ -570,7 +570,10 @@ def _origin(peer, task):
     sample = sha(items_sha(task.few_shot), task.shots, task.seed)
     return dict(peer=peer.name, classes=sha(task.base), clip=task.clip.weights[1], sample=sample)
 
-def _content(state): return sha(*(part for k, v in sorted(state.items()) for part in (k, list(v.shape), _bytes_of(v))))
+def _content(state):
+    parts = []
+    for k, v in sorted(state.items()): parts += [k, list(v.shape), _bytes_of(v)]
+    return sha(*parts)
 
 def _bytes_of(tensor): return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 

@@ -94,7 +94,7 @@ def waffle_words() -> tuple: # sorted
 def shape(names # class names
          ) -> tuple: # words in a name and letters in a word, on average
     "The shape that random descriptors imitate; at least one word of three letters."
-    lengths = [len(word) for name in names for word in name.split()]
+    lengths = [*map(len, ' '.join(names).split())]
     words, letters = len(lengths)/len(names), sum(lengths)/len(lengths)
     return max(1, round(words)), max(3, round(letters))
 
