@@ -50,10 +50,8 @@ def test_a_key_in_the_clients_own_variable_is_refused(monkeypatch):
     assert 'OPENAI_BASE_URL' in refused(lambda: llm.load_llm('openai:m'))
 
 def test_nothing_that_a_terminal_obeys_is_printed(capsys):
-    class Found:
-        prompt = 'a \x1b[2J\u202e<CLASS>\r.'
     class Fake(study.Study):
-        def choose(self, search): return Found
+        def chosen(self, search): return 'a \x1b[2J\u202e<CLASS>\r.'
     Fake(None, None, []).say_stopped(None, 'done\x07')
     study.end('ipo_run', IpoError('the server said \x1b]0;title\x07'))
     out, err = capsys.readouterr()

@@ -86,7 +86,7 @@ def test_entries_of_the_base_never_change():
 
 def test_committed_searches_keep_their_names():
     assert len(searches()) == 176
-    assert sha(sorted(names())) == '8e268034231966c96cf3b18ca2dcec0febccce2f8540e395e10795340d0452d9'
+    assert sha(sorted(names())) == 'dee27d5808e65427e7c72ce7d56bded5256dce78cb0d2e452947d33c8c2b9f38'
     assert names() == ids(RunConfig) # the settings of a result name it as its configuration does
 
 

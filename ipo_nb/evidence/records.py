@@ -45,7 +45,7 @@ def _check(path, found, needed):
     if missing: raise damaged(path, f"lacks {', '.join(missing)}")
 
 # %% ../../nbs/evidence/00_records.ipynb #f3f2d317
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     "A finished run of a search, as read from its folder."
     path:Path      # <out_dir>/<dataset>/<run id>, or a `zipfile.Path` in a packed sweep
@@ -54,6 +54,8 @@ class Record:
     history:list   # lines of history.jsonl, one a step
     control:list   # lines of control.jsonl, empty where no control ran
     manifest:dict  # manifest.json
+
+    def __repr__(self): return f'Record({self.path.parent.name}/{self.path.name})' # not the whole result
 
 def _result(path):
     "The checked result.json of a finished run."
