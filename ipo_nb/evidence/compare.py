@@ -292,20 +292,27 @@ def mark_best(nums:dict, # key -> `Num`
     sure = ps and all(x is not None and x < .05 for x in ps)
     return nums | ({top: replace(nums[top], best=True)} if sure else {})
 
+def _surely_better(a, b, half): # p of `versus` where the images speak for the first, else 1
+    halves = ('base', 'novel') if half == 'h' else (half,)
+    pairs = [pair for h in halves for pair in shared_bits(a, b, h).values()]
+    ahead = sum(int(x.sum()) - int(y.sum()) for x, y in pairs)
+    return versus(a, b, half) if ahead > 0 else 1.
+
 def with_best(cells:dict # of one block: key -> `Cell`
              ) -> dict: # key -> its `Num`s, the best ones marked
     "The numbers of a block, with what may be printed in bold."
     found = {k: c.nums() for k, c in cells.items()}
     for half in ('base', 'novel', 'h'):
-        marked = mark_best({k: f[half] for k, f in found.items()}, lambda a, b: versus(cells[a], cells[b], half))
+        def p(a, b): return _surely_better(cells[a], cells[b], half)
+        marked = mark_best({k: f[half] for k, f in found.items()}, p)
         for k, n in marked.items(): found[k] = found[k] | {half: n}
     return found
 
 # %% ../../nbs/evidence/02_compare.ipynb #f4c2e000
 READING = ('Mean ± standard deviation over seeds [95 % interval over images]; '
            'H is that of the mean base and the mean novel accuracy.')
-TESTED = ('paired, over the test images or over the seeds (t-test), whichever is less sure, '
-          'and not corrected for the number of tests')
+TESTED = ('paired, over the test images (for H those of both halves) or over the seeds (t-test), '
+          'whichever is less sure, and not corrected for the number of tests')
 TITLES = dict(ipo='IPO', random='random control', default='default prompt', template='hand-written template')
 
 def _lacking(have): # pairs of a name and its seeds; sentences about those that others have
