@@ -230,6 +230,8 @@ SHADES = dict( # name -> its shades, red green blue
 _NAMES = list(SHADES)
 
 # %% ../nbs/06_captioning.ipynb #f825b219
+_NEUTRAL = [_NAMES.index(n) for n in ('white', 'grey', 'black')]
+
 def _small(pic):
     pic = pic.convert('RGB')
     pic.thumbnail((96, 96))
@@ -238,11 +240,12 @@ def _small(pic):
 def pixel_names(pic # PIL image
                ) -> np.ndarray: # [H, W] positions in `SHADES`, -1 where no name is clear
     "The colour of each pixel of a small version of the picture."
-    pixels = np.asarray(_small(pic).filter(ImageFilter.MedianFilter(3)))[..., None, :]
+    pixels = np.asarray(_small(pic).filter(ImageFilter.MedianFilter(3)), int)[..., None, :]
     rgb = lambda shades: np.array(shades.replace('|', ' ').split(), int).reshape(-1, 3)
     far = np.stack([unlike(pixels, rgb(shades)).min(-1) for shades in SHADES.values()])
-    first, second = np.sort(far, axis=0)[:2]
-    return np.where(100*first < 64*second, far.argmin(0), -1)
+    (first, second), name = np.sort(far, axis=0)[:2], far.argmin(0)
+    tinted = np.isin(name, _NEUTRAL) & (np.ptp(pixels, axis=-1)[..., 0] > 30)
+    return np.where((100*first < 64*second) & ~tinted, name, -1)
 
 # %% ../nbs/06_captioning.ipynb #8da5306e
 def _shares(names): return np.bincount(names[names >= 0], minlength=len(_NAMES))/max(names.size, 1)
@@ -276,8 +279,10 @@ def quality_of(grey, # int [H, W], 0..255
                calm  # the same without grain
               ) -> str: # 'grainy', 'blurred', 'sharp' or ''
     "How sharp the picture is, where that can be seen."
-    if np.median(abs(grey - calm)) >= 5: return 'grainy'
-    edge = _steps(grey, 1)/max(_steps(calm, 6), 1)
+    if np.percentile(abs(grey - calm), 25) >= 2: return 'grainy'
+    contrast = _steps(calm, 6)
+    if contrast < 40: return '' # there are no edges
+    edge = _steps(grey, 1)/contrast
     return 'blurred' if edge <= .28 else 'sharp' if edge >= .4 else ''
 
 # %% ../nbs/06_captioning.ipynb #26126a66

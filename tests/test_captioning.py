@@ -6,9 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 from PIL import Image
-from ipo_nb.captioning import VOCABULARY, Description, load_captioner, masked, sentence, vocabulary
+from ipo_nb import captioning
+from ipo_nb.captioning import KINDS, VOCABULARY, Description, drawings, load_captioner, masked, sentence, vocabulary
 from ipo_nb.core import IpoError, names_class, sha
+from ipo_nb.data import FileImage, Item, MiniImage
 from ipo_nb.miniworld import MINI, class_names
+from ipo_nb.scorer import load_clip
 
 class Img:
     def __init__(self, key): self.key, self.name = key, 'Sea or Lake'
@@ -40,6 +43,46 @@ def test_dtd_loses_near_words():
 def test_mask_hides_own_and_other_classes():
     d = masked(Img('a'), 'A sea with roads\nand a LAKE', EUROSAT)
     assert d == Description('a', 'A something with something and a something', ('masked',))
+
+# --- what is sure, and what is true
+
+@pytest.fixture(scope='module')
+def mini(): return load_clip('mini', device='cpu')
+
+def few_of(world): # one image of each class
+    return [Item(MiniImage(world, 'train', i), i, name) for i, name in enumerate(class_names(world))]
+
+@pytest.mark.parametrize('spec', ['clip', 'world'])
+@pytest.mark.parametrize('world', WORLDS)
+def test_sentences_are_whole_and_name_no_class(mini, spec, world):
+    few = few_of(world)
+    said = load_captioner(spec, mini, WORLDS[world])(few)
+    assert said == load_captioner(spec, mini, WORLDS[world])(few)
+    for d in said:
+        assert d.text.endswith('.') and len(d.text.split()) <= 12 and not d.flags
+        assert not any(names_class(d.text, n) for n in WORLDS[world])
+
+def test_a_shifted_world_is_described_as_it_was_shifted():
+    few = few_of('mini_objects_sketch') + few_of('mini_objects_dark')
+    texts = [d.text for d in load_captioner('world')(few)]
+    assert all('white' in t for t in texts[:21]) and all('dim light' in t for t in texts[21:])
+
+def test_the_world_knows_nothing_of_a_photograph():
+    with pytest.raises(IpoError, match="a is none: use it with a mini dataset, or captioner='clip'"):
+        load_captioner('world')([Img('a')])
+
+def test_an_image_alone_has_no_kind(mini):
+    one, = load_captioner('clip', mini)(few_of('mini_aerial')[:1])
+    assert not any(one.text.startswith(kind.capitalize()) for kind in KINDS)
+
+def test_photographs_from_space(real, monkeypatch, tmp_path):
+    monkeypatch.setattr(captioning, 'drawings', lambda: drawings(20))
+    files = [next(f.iterdir()) for f in sorted((real/'data'/'eurosat'/'2750').iterdir())]
+    images = [FileImage(str(f), f.name) for f in files]
+    said = load_captioner('clip', load_clip(f"local-dir:{real/'clip_small'}", device='cpu'), EUROSAT, tmp_path)(images)
+    assert all(d.text.startswith('A satellite image') for d in said) and len({d.text for d in said}) > 3
+
+# --- an endpoint
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
