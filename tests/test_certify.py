@@ -291,7 +291,7 @@ def test_a_dataset_that_cannot_be_used_leaves_the_others(monkeypatch, clip, tmp_
     assert 'DATA_ROOT/eurosat/2750/x.jpg' in second['why'] and str(tmp_path) not in json.dumps(cert.record)
 
 def test_the_console_script_is_declared():
-    assert 'ipo_certify=ipo_nb.paper.certify:main' in (project_dir()/'settings.ini').read_text()
+    assert 'ipo_certify=ipo_nb.commands:ipo_certify' in (project_dir()/'settings.ini').read_text()
 
 # ---- the record
 

@@ -641,7 +641,7 @@ def test_ctrl_c(monkeypatch, capsys):
 def test_the_script_is_installed():
     settings = project_dir()/'settings.ini'
     if not settings.exists(): pytest.skip('not a clone')
-    assert 'ipo_data=ipo_nb.download:main' in settings.read_text()
+    assert 'ipo_data=ipo_nb.commands:ipo_data' in settings.read_text()
 
 def test_the_installed_script_ends_with_a_status_and_a_sentence():
     path = Path(sys.executable).parent/'ipo_data'

@@ -9,7 +9,7 @@ from ipo_nb.data import load_dataset
 from ipo_nb.evidence.records import load_records
 from ipo_nb.paper.methods import peer_table
 from ipo_nb.peers.base import TRAINING, Learner, Peer, cost, make_task, tiny_clip
-from ipo_nb.peers.registry import PEERS, parse_peers, run_peer
+from ipo_nb.peers.registry import PEERS, PeerEntry, parse_peers, run_peer
 from ipo_nb.peers.words import WordsPeer
 from ipo_nb.scorer import text_features
 
@@ -57,8 +57,9 @@ def registered(monkeypatch, tmp_path):
     module = ModuleType('ipo_nb.peers.toys')
     for toy in TOYS:
         setattr(module, toy.__name__, toy)
-        monkeypatch.setitem(PEERS, toy.name, ('toys', toy.name, {}, ''))
-    monkeypatch.setitem(PEERS, 'shout3', ('toys', 'shout', dict(marks=3), 'Shout, 3 marks')) # a variant is a line
+        monkeypatch.setitem(PEERS, toy.name, PeerEntry('toys', toy.name, {}, ''))
+    variant = PeerEntry('toys', 'shout', dict(marks=3), 'Shout, 3 marks') # a variant is a line
+    monkeypatch.setitem(PEERS, 'shout3', variant)
     monkeypatch.setitem(sys.modules, 'ipo_nb.peers.toys', module)
 
 @pytest.fixture

@@ -217,4 +217,5 @@ def test_every_subpackage_is_in_the_wheel():
     inits = [p.relative_to(project_dir()) for p in project_dir().glob('ipo_nb/**/__init__.py')]
     folders = {'.'.join(p.parent.parts) for p in inits}
     setup = (project_dir()/'setup.py').read_text()
-    assert folders == {'ipo_nb', 'ipo_nb.peers'} and "f'{lib}.peers'" in setup
+    assert folders == {'ipo_nb', *(f'ipo_nb.{wing}' for wing in ('evidence', 'paper', 'peers'))}
+    assert "for wing in wings" in setup # which are looked for, not listed
