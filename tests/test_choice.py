@@ -5,7 +5,7 @@ import pytest
 import torch
 from ipo_nb import scorer
 from ipo_nb.choice import RULES, Choice, Evidence, choose, choose_all, compare_rules, few_shot_score, holm, mix, shrunk
-from ipo_nb.core import IpoError, Scored, cards_dir
+from ipo_nb.core import IpoError, Scored, cards_dir, runs_in
 from ipo_nb.evaluation import Half
 from ipo_nb.stats import unpack_bits
 
@@ -180,7 +180,7 @@ def test_all_rules_are_compared_in_one_reading(toy, monkeypatch):
         assert r['base'] == pytest.approx(r['accuracy'], abs=1e-3) # the base half of this toy are the few-shot images
         assert r['against_paper']['p_holm'] >= r['against_paper']['p']
 
-RECORDS = sorted((cards_dir()/'records'/'every_prompt').glob('*/*/result.json'))
+RECORDS = [run/'result.json' for run in runs_in(cards_dir()/'records'/'every_prompt').values()]
 
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: p.parent.name)
 def test_the_papers_rule_chooses_what_the_record_says(path):
