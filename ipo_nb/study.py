@@ -585,9 +585,7 @@ def tried(self:Study, base, novel) -> dict: # tried: rows of by, step, prompt, l
 # %% ../nbs/11_study.ipynb #d029c8fb
 def _all_classes(clip, ds):
     "The test images of a dataset, all classes together."
-    feats = scorer.image_features(clip, [i.image for i in ds.test])
-    labels = torch.tensor([i.label for i in ds.test])
-    return evaluation.Half(ds.classes, feats, labels, ds.split_source, ds.card.template)
+    return evaluation.make_half(clip, ds.classes, ds.test, split=ds.split_source, template=ds.card.template)
 
 @patch
 def target(self:Study, name:str) -> evaluation.Half|str: # with all classes of a dataset, or why it cannot be had
